@@ -1,0 +1,486 @@
+//! One run of a machine: how it is started, found again and ended.
+
+use super::process::{self, Identity};
+use super::spec::{Config, Input, Limits};
+use super::stage::{Notes, Stage};
+use super::{Inner, cgroup, console, disk, socket, userns};
+use crate::images::Root;
+use crate::{BackendError, MachineSpec, Running, Warning};
+use serde::{Deserialize, Serialize};
+use std::fs::{self, File};
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitStatus, Stdio};
+use std::time::{Duration, Instant};
+
+/// The agent's socket in the machine's directory.
+pub(super) const SOCKET: &str = "agent.sock";
+const RUN: &str = "run.json";
+const PID: &str = "pid";
+const LOCK: &str = "lock";
+const BUNDLE: &str = "bundle";
+
+/// How long the runtime may take for a thing that takes milliseconds.
+const RUNTIME_LIMIT: Duration = Duration::from_secs(20);
+
+/// How long another operation on the same machine, or a runtime that outlived the daemon, is waited for.
+const LOCK_LIMIT: Duration = Duration::from_secs(25);
+
+/// How long a killed machine may take to end. Long only where it has much memory to give back.
+const END_LIMIT: Duration = Duration::from_secs(30);
+
+/// `run.json`: what is needed to find a machine again.
+#[derive(Debug, Serialize, Deserialize)]
+struct Record {
+    init: Identity,
+    warnings: Vec<String>,
+    facts: Vec<(String, String)>,
+}
+
+pub(super) fn io_error(what: impl std::fmt::Display) -> impl FnOnce(io::Error) -> BackendError {
+    let what = what.to_string();
+    move |source| match source.raw_os_error() {
+        Some(libc::ENOSPC | libc::EDQUOT) => BackendError::Exhausted { what, resource: "disk space".into() },
+        Some(libc::ENOMEM) => BackendError::Exhausted { what, resource: "memory".into() },
+        Some(libc::EMFILE | libc::ENFILE) => BackendError::Exhausted { what, resource: "open files".into() },
+        _ => BackendError::Io { what, source },
+    }
+}
+
+/// Holds a machine: one operation at a time, and none while a runtime is at work on it, also one that a daemon before
+/// us started and did not live to see end (it inherited the lock).
+pub(super) fn hold(dir: &Path) -> Result<Option<File>, BackendError> {
+    let path = dir.join(LOCK);
+    let file = match File::options().create(true).truncate(false).write(true).open(&path) {
+        Ok(file) => file,
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(e) => return Err(io_error(path.display())(e)),
+    };
+    let deadline = Instant::now() + LOCK_LIMIT;
+    loop {
+        match file.try_lock() {
+            Ok(()) => return Ok(Some(file)),
+            Err(fs::TryLockError::WouldBlock) if Instant::now() < deadline => {
+                std::thread::sleep(Duration::from_millis(2));
+            }
+            Err(fs::TryLockError::WouldBlock) => {
+                return Err(BackendError::Timeout("another operation on this machine"));
+            }
+            Err(fs::TryLockError::Error(e)) => return Err(io_error(path.display())(e)),
+        }
+    }
+}
+
+fn read_record(dir: &Path) -> io::Result<Option<Record>> {
+    match fs::read(dir.join(RUN)) {
+        // A file that cannot be understood tells of no process; what it was about is found by its control group.
+        Ok(text) => Ok(serde_json::from_slice(&text).ok()),
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(e) => Err(e),
+    }
+}
+
+fn remove_file(path: &Path) -> io::Result<()> {
+    match fs::remove_file(path) {
+        Err(e) if e.kind() != io::ErrorKind::NotFound => Err(e),
+        _ => Ok(()),
+    }
+}
+
+impl Inner {
+    /// The machine's name for the runtime and in the control groups: two daemons must not meet.
+    pub(super) fn name(&self, spec: &MachineSpec) -> String {
+        format!("{}-{}", self.instance, spec.id)
+    }
+
+    /// The machine if it runs, as it was recorded.
+    pub(super) fn find(&self, spec: &MachineSpec) -> Result<Option<Running>, BackendError> {
+        let failed = || io_error(format!("looking for the machine {}", spec.id));
+        let Some(record) = read_record(&spec.dir).map_err(failed())? else { return Ok(None) };
+        let Some(pidfd) = record.init.open().map_err(failed())? else { return Ok(None) };
+        let warnings = record.warnings.into_iter().map(Warning).collect();
+        Ok(Some(Running { pid: record.init.pid, pidfd, warnings, facts: record.facts }))
+    }
+
+    /// Boots the machine, which the caller holds.
+    pub(super) fn boot(&self, spec: &MachineSpec, lock: &File) -> Result<Running, BackendError> {
+        if let Some(running) = self.find(spec)? {
+            return Ok(running);
+        }
+        self.clean(spec)?;
+        // The host may change while the machine comes up, but not all the time.
+        for _ in 0..3 {
+            let base = self.base(spec)?;
+            let root = disk::prepare(spec, &self.images, base)?;
+            let running = self.launch(spec, &root, base, lock)?;
+            if self.images.holds(spec, &root)? {
+                return Ok(running);
+            }
+            drop(running);
+            self.clean(spec)?;
+        }
+        Err(BackendError::Image {
+            image: spec.image.clone(),
+            reason: "the host's files keep changing (is a package being installed?); start it again".into(),
+        })
+    }
+
+    pub(super) fn base(&self, spec: &MachineSpec) -> Result<Option<u32>, BackendError> {
+        if self.maps.is_some() {
+            return Ok(None);
+        }
+        userns::base(spec.uid_slot).map(Some).map_err(|_| BackendError::Exhausted {
+            what: format!("a range of user numbers for the machine {}", spec.id),
+            resource: "user numbers".into(),
+        })
+    }
+
+    fn launch(&self, spec: &MachineSpec, root: &Root, base: Option<u32>, lock: &File) -> Result<Running, BackendError> {
+        let failed = |what: &str| io_error(format!("{what} for the machine {}", spec.id));
+        let name = self.name(spec);
+        let bundle = spec.dir.join(BUNDLE);
+        fs::create_dir_all(&bundle).map_err(failed("making the bundle"))?;
+        let can = |limit| base.is_some() && self.cgroups.can(limit).is_ok();
+        let limits =
+            Limits { cpu: can(cgroup::Limit::Cpu), memory: can(cgroup::Limit::Memory), pids: can(cgroup::Limit::Pids) };
+        let rootfs = self.rootfs(spec);
+        let agent = self.agent_mount(spec);
+        let input = Input {
+            root: &rootfs,
+            agent: &agent,
+            uid_base: base,
+            has_users: self.maps.as_ref().is_none_or(userns::Maps::has_range),
+            cgroup: base.is_some().then(|| cgroup::Cgroups::path_for(&name)),
+            limits,
+            filter: self.filter.as_deref(),
+        };
+        let config = serde_json::to_vec(&Config::new(spec, &input)).map_err(|e| failed("describing it")(e.into()))?;
+        fs::write(bundle.join("config.json"), config).map_err(failed("writing the bundle"))?;
+        remove_file(&spec.dir.join(PID)).map_err(failed("removing an old pid file"))?;
+
+        let before = console::collect(&spec.dir).map_err(failed("reading the console"))?.len();
+        let console = console::open_fifo(&spec.dir, base.map(|b| (b, b))).map_err(failed("making the console"))?;
+        let socket = socket::listen_at(&spec.dir, SOCKET).map_err(failed("making the agent's socket"))?;
+        let mut stage = Stage::default();
+        let userns = base.map(userns::mapped).transpose().map_err(failed("making a user namespace"))?;
+        let gate = self.maps.is_some().then(Gate::new).transpose().map_err(failed("making pipes"))?;
+        if let Some(gate) = &gate {
+            gate.step(&mut stage).map_err(failed("preparing"))?;
+        }
+        self.set(&mut stage, spec, root, userns.as_ref()).map_err(failed("preparing its mounts"))?;
+        stage.descriptor(lock.as_raw_fd(), lock.as_raw_fd()).map_err(failed("preparing"))?;
+        stage.descriptor(socket.as_raw_fd(), machinefs_protocol::LISTEN_FD).map_err(failed("preparing"))?;
+
+        let mut command = self.runtime();
+        command.args(["run", "--detach", "--preserve-fds", "1", "--bundle"]).arg(&bundle);
+        command.arg("--pid-file").arg(spec.dir.join(PID)).arg(&name);
+        let output = || console.try_clone().map(Stdio::from);
+        command.stdout(output().map_err(failed("passing the console"))?);
+        command.stderr(output().map_err(failed("passing the console"))?);
+        let said = |notes: &[String]| {
+            let text = console::collect(&spec.dir).unwrap_or_default();
+            let new = String::from_utf8_lossy(text.get(before.min(text.len())..).unwrap_or_default()).into_owned();
+            let start = new.char_indices().rev().nth(2000).map_or(0, |(i, _)| i);
+            let text = format!("{} {}", notes.join("; "), new.get(start..).unwrap_or_default());
+            BackendError::Program { program: self.runtime_name(), message: text.trim().to_owned() }
+        };
+        let (status, notes) = match self.carry_out(command, stage, gate) {
+            Ok(done) => done,
+            Err((error, notes)) if notes.is_empty() => return Err(failed("starting the runtime")(error)),
+            Err((error, notes)) => return Err(failed(&notes.join("; "))(error)),
+        };
+        if !status.success() {
+            let error = said(&notes);
+            self.clean(spec)?;
+            return Err(error);
+        }
+        drop(socket);
+        let running = self.identify(spec, base, limits, root, &notes)?;
+        running.ok_or_else(|| said(&notes))
+    }
+
+    /// Finds the init of a machine just started, and records it.
+    fn identify(
+        &self,
+        spec: &MachineSpec,
+        base: Option<u32>,
+        limits: Limits,
+        root: &Root,
+        notes: &[String],
+    ) -> Result<Option<Running>, BackendError> {
+        let failed = || io_error(format!("looking for the init of the machine {}", spec.id));
+        let text = fs::read_to_string(spec.dir.join(PID)).map_err(failed())?;
+        let pid = text.trim().parse().unwrap_or(0);
+        let Some((pidfd, init)) = process::open_pid(pid).map_err(failed())? else { return Ok(None) };
+        // It might have ended and its number been given away since the runtime wrote it down.
+        if !is_machine(pid, base).map_err(failed())? {
+            return Ok(None);
+        }
+        let mut warnings = match base {
+            Some(_) => self.cgroups.warnings(spec),
+            None => no_limits(spec),
+        };
+        if Notes::lacks_export(notes) {
+            let text = "the disk is not mounted with index and nfs_export: the file systems below cannot; changes in it \
+                        cannot be watched from the host, and inode numbers may change";
+            warnings.push(Warning(text.into()));
+        }
+        let set = [("cpu", limits.cpu), ("memory", limits.memory), ("pids", limits.pids)];
+        let set: Vec<_> = set.iter().filter(|(_, can)| *can).map(|(name, _)| *name).collect();
+        let isolation = "user, pid, mount, net, ipc, uts and cgroup namespaces, seccomp";
+        let mut facts = vec![
+            ("runtime".to_owned(), self.runtime_name()),
+            ("namespaces".to_owned(), isolation.to_owned()),
+            ("image_digest".to_owned(), root.digest.clone()),
+            ("limits".to_owned(), if set.is_empty() { "none".to_owned() } else { set.join(" ") }),
+        ];
+        facts.extend(base.map(|b| ("uid_range".to_owned(), format!("{b}+{}", userns::RANGE))));
+        let record = Record { init, warnings: warnings.iter().map(|w| w.0.clone()).collect(), facts };
+        let text = serde_json::to_vec(&record).map_err(|e| failed()(e.into()))?;
+        disk::write_whole(&spec.dir.join(RUN), &text).map_err(failed())?;
+        Ok(Some(Running { pid, pidfd, warnings, facts: record.facts }))
+    }
+
+    /// Ends the run, if there is one, and removes what belonged to it. The caller holds the machine.
+    pub(super) fn clean(&self, spec: &MachineSpec) -> Result<(), BackendError> {
+        let failed = || io_error(format!("ending the machine {}", spec.id));
+        let name = self.name(spec);
+        if let Some(running) = self.find(spec)? {
+            process::kill(running.pidfd.as_fd()).map_err(failed())?;
+            // A frozen machine of v1 would not die.
+            self.cgroups.freeze(&name, false).map_err(failed())?;
+            if !process::wait_end(running.pidfd.as_fd(), END_LIMIT).map_err(failed())? {
+                return Err(BackendError::Timeout("the end of the killed machine"));
+            }
+        }
+        self.cgroups.kill(&name).map_err(failed())?;
+        let state = self.runtime_state().join(&name);
+        if state.exists() {
+            let mut command = self.runtime();
+            command.args(["delete", "--force", &name]).stdout(Stdio::null()).stderr(Stdio::null());
+            let mut stage = Stage::default();
+            if let Some(v2) = self.cgroups.to_detach().filter(|_| self.maps.is_none()) {
+                stage.mount_namespace().and_then(|()| stage.detach(v2)).map_err(failed())?;
+            }
+            // Its answer does not matter: what it left is removed here.
+            if let Err((error, _)) = self.carry_out(command, stage, None) {
+                tracing::debug!(%error, "the runtime's delete");
+            }
+            match fs::remove_dir_all(&state) {
+                Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(failed()(e)),
+                _ => {}
+            }
+        }
+        self.cgroups.remove(&name).map_err(failed())?;
+        for file in [RUN, PID, SOCKET] {
+            remove_file(&spec.dir.join(file)).map_err(failed())?;
+        }
+        Ok(())
+    }
+
+    /// Runs a prepared command to its end.
+    pub(super) fn carry_out(
+        &self,
+        mut command: Command,
+        stage: Stage,
+        gate: Option<Gate>,
+    ) -> Result<(ExitStatus, Vec<String>), (io::Error, Vec<String>)> {
+        let bare = |e| (e, Vec::new());
+        let (notes, write) = Notes::pipe().map_err(bare)?;
+        super::occupy_listen_fd().map_err(bare)?;
+        stage.apply(&mut command, write.as_raw_fd());
+        command.stdin(Stdio::null());
+        let spawned = match (gate, &self.maps) {
+            (Some(gate), Some(maps)) => std::thread::scope(|scope| {
+                let opener = gate.opener(maps);
+                let Ok(opener) = opener else { return Err(io::Error::other("no descriptors left")) };
+                let opener = scope.spawn(opener);
+                let spawned = command.spawn();
+                drop(gate);
+                match opener.join() {
+                    // The child was told to give up, so there is nothing to wait for.
+                    Ok(Err(error)) => Err(error),
+                    _ => spawned,
+                }
+            }),
+            _ => command.spawn(),
+        };
+        drop(write);
+        let mut child = spawned.map_err(|e| (e, notes.lines()))?;
+        let waited = process::open_pid(child.id()).and_then(|open| match open {
+            Some((fd, _)) => process::wait_end(fd.as_fd(), RUNTIME_LIMIT),
+            None => Ok(true),
+        });
+        if !matches!(waited, Ok(true)) {
+            child.kill().map_err(bare)?;
+        }
+        let status = child.wait().map_err(bare)?;
+        Ok((status, notes.lines()))
+    }
+
+    /// The mounts of a machine, as steps.
+    fn set(&self, stage: &mut Stage, spec: &MachineSpec, root: &Root, userns: Option<&OwnedFd>) -> io::Result<()> {
+        let rootfs = self.rootfs(spec);
+        fs::create_dir_all(&rootfs)?;
+        stage.mount_namespace()?;
+        for at in self.fuse_mounts()? {
+            stage.detach(&at)?;
+        }
+        if let Some(v2) = self.cgroups.to_detach() {
+            stage.detach(v2)?;
+        }
+        stage.enter(&spec.dir)?;
+        for tree in &root.trees {
+            let mut lower = Vec::new();
+            for (number, path) in tree.lower.iter().enumerate() {
+                let at = format!("lower/{}-{number}", tree.name);
+                self.lower(stage, &spec.dir, path, &at, userns)?;
+                lower.push(at);
+            }
+            let (upper, work) = (format!("upper/{}", tree.name), format!("work/{}", tree.name));
+            let below = (!tree.at.is_empty()).then_some(tree.at.as_str());
+            stage.overlay(&lower, &upper, &work, &rootfs, below, self.maps.is_some())?;
+        }
+        let agent = self.agent_mount(spec);
+        if agent != self.options.agent {
+            stage.attach(&self.options.agent, &agent, None)?;
+        }
+        Ok(())
+    }
+
+    /// A lower layer: with mapped owners a mount; else a link to the directory itself.
+    fn lower(&self, stage: &mut Stage, dir: &Path, path: &Path, at: &str, userns: Option<&OwnedFd>) -> io::Result<()> {
+        let full = dir.join(at);
+        if let Some(parent) = full.parent() {
+            fs::create_dir_all(parent)?;
+        }
+        match userns {
+            Some(userns) => {
+                if !full.is_dir() {
+                    fs::create_dir(&full)?;
+                }
+                stage.attach(path, Path::new(at), Some(userns))
+            }
+            None => {
+                remove_file(&full)?;
+                std::os::unix::fs::symlink(path, &full)
+            }
+        }
+    }
+
+    /// Every mount of machinefs that this process sees: a mount namespace that kept one would keep the file system's
+    /// connection alive after its unmount.
+    fn fuse_mounts(&self) -> io::Result<Vec<PathBuf>> {
+        let text = fs::read("/proc/self/mountinfo")?;
+        let mut all: Vec<PathBuf> = fuse_mounts_in(&text);
+        all.extend(self.options.mountpoint.clone().filter(|m| !all.contains(m)));
+        Ok(all)
+    }
+}
+
+/// Where file systems of the type fuse.machinefs are mounted, by a mountinfo (proc_pid_mountinfo(5)).
+fn fuse_mounts_in(mountinfo: &[u8]) -> Vec<PathBuf> {
+    use std::os::unix::ffi::OsStringExt;
+    let mut found = Vec::new();
+    for line in mountinfo.split(|b| *b == b'\n') {
+        let fields: Vec<&[u8]> = line.split(|b| *b == b' ').collect();
+        let kind = fields.iter().position(|f| *f == b"-").and_then(|i| fields.get(i + 1));
+        if kind.is_some_and(|k| *k == b"fuse.machinefs")
+            && let Some(at) = fields.get(4)
+        {
+            found.push(PathBuf::from(std::ffi::OsString::from_vec(unescape(at))));
+        }
+    }
+    found
+}
+
+/// Undoes the octal escapes of mountinfo (`\040` for a space).
+fn unescape(field: &[u8]) -> Vec<u8> {
+    let mut out = Vec::with_capacity(field.len());
+    let mut rest = field;
+    while let Some((&byte, tail)) = rest.split_first() {
+        let code = tail.get(..3).and_then(|d| std::str::from_utf8(d).ok());
+        match code.and_then(|d| u8::from_str_radix(d, 8).ok()) {
+            Some(value) if byte == b'\\' => {
+                out.push(value);
+                rest = tail.get(3..).unwrap_or_default();
+            }
+            _ => {
+                out.push(byte);
+                rest = tail;
+            }
+        }
+    }
+    out
+}
+
+/// Is this the init of a machine: number 1 of a pid namespace below ours, with the right user numbers?
+fn is_machine(pid: u32, base: Option<u32>) -> io::Result<bool> {
+    let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
+    let inner = status.lines().find_map(|l| l.strip_prefix("NSpid:")).unwrap_or_default();
+    let mut numbers = inner.split_whitespace();
+    let is_init = numbers.clone().count() > 1 && numbers.next_back() == Some("1");
+    let map = fs::read_to_string(format!("/proc/{pid}/uid_map"))?;
+    let outside = map.split_whitespace().nth(1).and_then(|n| n.parse::<u32>().ok());
+    Ok(is_init && base.is_none_or(|b| outside == Some(b)))
+}
+
+fn no_limits(spec: &MachineSpec) -> Vec<Warning> {
+    let wanted = [
+        spec.cpus.map(|c| format!("cpus={c}")),
+        spec.memory.map(|m| format!("memory={m}")),
+        spec.pids.map(|p| format!("pids={p}")),
+    ];
+    let text =
+        |what| format!("the limit {what} does not hold: control groups are not delegated to ordinary users here");
+    wanted.into_iter().flatten().map(|what| Warning(text(what))).collect()
+}
+
+/// How a child in its new user namespace waits for its maps.
+#[derive(Debug)]
+pub(super) struct Gate {
+    ready: (OwnedFd, OwnedFd),
+    go: (OwnedFd, OwnedFd),
+}
+
+impl Gate {
+    pub(super) fn new() -> io::Result<Self> {
+        super::occupy_listen_fd()?;
+        let pipe = || rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC);
+        Ok(Self { ready: pipe()?, go: pipe()? })
+    }
+
+    /// Adds the step to a stage.
+    pub(super) fn step(&self, stage: &mut Stage) -> io::Result<()> {
+        stage.user_namespace(self.ready.1.as_raw_fd(), self.go.0.as_raw_fd())
+    }
+
+    /// What waits for the child (the thread that spawns it is held until it executes its program), writes its maps and
+    /// lets it go on. Ends too when the child failed before it asked: all writing ends are closed then.
+    fn opener<'a>(&self, maps: &'a userns::Maps) -> io::Result<impl FnOnce() -> io::Result<()> + Send + use<'a>> {
+        let (ready, go) = (self.ready.0.try_clone()?, self.go.1.try_clone()?);
+        Ok(move || {
+            let mut pid = [0; 4];
+            if rustix::io::retry_on_intr(|| rustix::io::read(&ready, &mut pid))? != pid.len() {
+                return Ok(());
+            }
+            let written = maps.write_to(u32::from_ne_bytes(pid));
+            // The child holds both ends of the pipe: it has to be told of a failure too.
+            rustix::io::write(&go, if written.is_ok() { b"x" } else { b"-" })?;
+            written
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn mounts_of_machinefs_are_found_whatever_their_name() {
+        let text =
+            b"25 1 0:23 / /a\\040b rw shared:1 - fuse.machinefs machinefs rw\n26 1 0:24 / /c rw - ext4 /dev/x rw\n";
+        assert_eq!(fuse_mounts_in(text), [PathBuf::from("/a b")]);
+    }
+}

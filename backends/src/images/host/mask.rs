@@ -1,0 +1,78 @@
+//! The layer above the host's trees that hides what a machine must not see: overlay's whiteouts, character devices
+//! 0:0 (Documentation/filesystems/overlayfs in the kernel's source).
+
+use super::seal;
+use crate::images::Tree;
+use rustix::fs::{CWD, FileType, Mode, mknodat};
+use sha2::{Digest, Sha256};
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs::{self, Permissions};
+use std::io;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+
+/// Attributes of a directory of the mask: an overlay shows those of its top layer.
+type Attributes = (u32, u32, u32);
+
+/// The trees `roots` under a mask that hides `hidden`, made in `dir` when it is not there yet.
+pub(super) fn trees(dir: &Path, roots: &[PathBuf], hidden: &BTreeSet<PathBuf>, user: bool) -> io::Result<Vec<Tree>> {
+    // What is in a hidden directory needs no whiteout of its own, and could not have one.
+    let inner = |path: &PathBuf| path.ancestors().skip(1).any(|p| hidden.contains(p));
+    let hidden = &hidden.iter().filter(|p| !inner(p)).cloned().collect::<BTreeSet<_>>();
+    let mut dirs = BTreeMap::new();
+    for path in hidden {
+        for parent in path.ancestors().skip(1).take_while(|p| roots.iter().any(|r| p.starts_with(r))) {
+            if !dirs.contains_key(parent)
+                && let Ok(meta) = fs::symlink_metadata(parent)
+            {
+                dirs.insert(parent.to_owned(), (meta.mode() & 0o7777, meta.uid(), meta.gid()));
+            }
+        }
+    }
+    let mask = dir.join(format!("mask-{}", digest(&dirs, hidden)));
+    if !mask.exists() {
+        seal(&mask, |top| fill(top, &dirs, hidden, user))?;
+    }
+    let tree = |root: &PathBuf| {
+        let below = root.strip_prefix("/").unwrap_or(root);
+        let masked = mask.join(below);
+        let lower = [masked.is_dir().then_some(masked), Some(root.clone())];
+        Tree::new(&below.to_string_lossy(), lower.into_iter().flatten().collect())
+    };
+    roots.iter().map(tree).collect()
+}
+
+fn digest(dirs: &BTreeMap<PathBuf, Attributes>, hidden: &BTreeSet<PathBuf>) -> String {
+    let mut hash = Sha256::new();
+    for (path, attributes) in dirs {
+        hash.update(format!("{attributes:?}"));
+        hash.update(path.as_os_str().as_bytes());
+        hash.update([0]);
+    }
+    hash.update([1]);
+    for path in hidden {
+        hash.update(path.as_os_str().as_bytes());
+        hash.update([0]);
+    }
+    super::short(&hash.finalize())
+}
+
+fn fill(top: &Path, dirs: &BTreeMap<PathBuf, Attributes>, hidden: &BTreeSet<PathBuf>, user: bool) -> io::Result<()> {
+    let place = |path: &Path| top.join(path.strip_prefix("/").unwrap_or(path));
+    for (path, (mode, uid, gid)) in dirs {
+        let at = place(path);
+        fs::create_dir_all(&at)?;
+        if !user {
+            std::os::unix::fs::chown(&at, Some(*uid), Some(*gid))?;
+        }
+        fs::set_permissions(&at, Permissions::from_mode(*mode))?;
+    }
+    for path in hidden {
+        let at = place(path);
+        if at.parent().is_some_and(Path::is_dir) {
+            mknodat(CWD, &at, FileType::CharacterDevice, Mode::empty(), 0)?;
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,202 @@
+//! What boots machines. A backend's only job is to boot one and hand back a byte stream to the agent in it;
+//! everything above that stream is the same for all of them. Backends know nothing of the tree.
+
+pub mod container;
+pub mod images;
+
+use async_trait::async_trait;
+use serde::{Deserialize, Serialize};
+use std::os::fd::OwnedFd;
+use std::path::PathBuf;
+use std::time::Duration;
+use thiserror::Error;
+
+/// What a backend needs to know of a machine. Everything in it is written down by the caller before the backend is
+/// asked to make anything, so that [`Backend::adopt`] and [`Backend::destroy`] work after a crash at any point.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct MachineSpec {
+    /// The backend's name of the machine: `m` and a number that is never used again; never the user's name for it.
+    pub id: String,
+    /// A directory that is the machine's alone (exists, 0700, not below the mount): its disk, sockets, run files.
+    pub dir: PathBuf,
+    /// Image: `host`, an absolute path of a root directory, or of a tar of one.
+    pub image: String,
+    /// Processors; may be a fraction. `None`: no limit.
+    pub cpus: Option<f64>,
+    /// Memory in bytes. `None`: no limit.
+    pub memory: Option<u64>,
+    /// Processes. `None`: no limit.
+    pub pids: Option<u64>,
+    /// Host name in the guest.
+    pub hostname: String,
+    /// Which range of user numbers is the machine's: a small number, unique among the machines that exist.
+    pub uid_slot: u32,
+}
+
+/// A finding that does not stop a machine from booting but is to be told to the user (a limit that cannot be set).
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Warning(pub String);
+
+/// A machine that runs.
+#[derive(Debug)]
+pub struct Running {
+    /// Process on the host whose end is the machine's end (the guest's init, the VMM).
+    pub pid: u32,
+    /// Readable (poll) when that process has ended; a pidfd.
+    pub pidfd: OwnedFd,
+    /// What the user should know.
+    pub warnings: Vec<Warning>,
+    /// Facts for `info`: key and value, no newlines (isolation, image digest, limits that hold …).
+    pub facts: Vec<(String, String)>,
+}
+
+/// What [`Backend::adopt`] found.
+#[derive(Debug)]
+pub enum Adopted {
+    /// It still runs.
+    Running(Running),
+    /// It does not (any more); whatever was left of a run has been cleaned away, the disk is kept.
+    Stopped,
+}
+
+/// Resources in use.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Usage {
+    /// Processor time, in microseconds.
+    pub cpu_micros: u64,
+    /// Memory now, in bytes.
+    pub memory: u64,
+    /// The most memory so far, in bytes, where it is known.
+    pub memory_peak: u64,
+    /// Processes now.
+    pub pids: u64,
+    /// Bytes on the machine's own disk, where that is cheap to know.
+    pub disk: u64,
+}
+
+/// A line of `machinefs check`.
+#[derive(Clone, Debug)]
+pub struct Finding {
+    /// What was looked at (`crun`, `id-mapped mounts`).
+    pub subject: String,
+    /// How it stands.
+    pub level: Level,
+    /// What was found.
+    pub message: String,
+    /// What to do about it; empty when all is well.
+    pub remedy: String,
+}
+
+/// How bad a [`Finding`] is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Level {
+    /// As it should be.
+    Ok,
+    /// Works, with less.
+    Limited,
+    /// The backend cannot run machines.
+    Missing,
+}
+
+/// Why a backend could not do what it was asked.
+#[derive(Debug, Error)]
+pub enum BackendError {
+    /// This backend has no such operation.
+    #[error("{0} is not supported by this backend")]
+    Unsupported(&'static str),
+    /// The image is not there, not readable, or not an image.
+    #[error("image {image}: {reason}")]
+    Image {
+        /// As the user named it.
+        image: String,
+        /// What is wrong with it, and what would be right.
+        reason: String,
+    },
+    /// Something of the host is missing.
+    #[error("{what}: {remedy}")]
+    Missing {
+        /// What.
+        what: String,
+        /// How to get it.
+        remedy: String,
+    },
+    /// A program that was run (the OCI runtime) failed; its own words.
+    #[error("{program}: {message}")]
+    Program {
+        /// Which.
+        program: String,
+        /// What it said.
+        message: String,
+    },
+    /// A resource of the host ran out (disk, processes, memory).
+    #[error("{what}: out of {resource}")]
+    Exhausted {
+        /// What was being done.
+        what: String,
+        /// What ran out.
+        resource: String,
+    },
+    /// The guest or the VMM did not do something in time.
+    #[error("{0} took too long")]
+    Timeout(&'static str),
+    /// A system call failed.
+    #[error("{what}: {source}")]
+    Io {
+        /// What was being done, with the path.
+        what: String,
+        /// The error.
+        source: std::io::Error,
+    },
+}
+
+/// A stream to the agent: a connected socket (or a pair of a program's pipes as one).
+pub type AgentStream = std::os::unix::net::UnixStream;
+
+/// Boots machines of one kind.
+///
+/// Every operation is safe to repeat; `stop`, `kill` and `destroy` of what is not there succeed.
+#[async_trait]
+pub trait Backend: Send + Sync {
+    /// The value of `config/backend` that chooses it.
+    fn name(&self) -> &'static str;
+
+    /// `namespaces` or `vm`: what stands between guest and host.
+    fn isolation(&self) -> &'static str;
+
+    /// What it needs of this host, and what of that is there.
+    async fn check(&self) -> Vec<Finding>;
+
+    /// Makes the machine's disk from its image. Idempotent.
+    async fn create(&self, spec: &MachineSpec) -> Result<(), BackendError>;
+
+    /// Boots it; returns when its agent can be connected to.
+    async fn start(&self, spec: &MachineSpec) -> Result<Running, BackendError>;
+
+    /// A stream to the agent. Fails at once when nothing listens.
+    async fn connect(&self, spec: &MachineSpec) -> Result<AgentStream, BackendError>;
+
+    /// Ends it without asking and waits for the end; cleans up what belongs to a run (mounts, cgroups, sockets). The
+    /// polite way is the agent's, before.
+    async fn kill(&self, spec: &MachineSpec) -> Result<(), BackendError>;
+
+    /// Removes everything of it, running or not, also what a crash left half made.
+    async fn destroy(&self, spec: &MachineSpec) -> Result<(), BackendError>;
+
+    /// Freezes it.
+    async fn pause(&self, spec: &MachineSpec) -> Result<(), BackendError>;
+
+    /// Undoes [`Backend::pause`].
+    async fn resume(&self, spec: &MachineSpec) -> Result<(), BackendError>;
+
+    /// After a restart of the daemon: does it still run?
+    async fn adopt(&self, spec: &MachineSpec) -> Result<Adopted, BackendError>;
+
+    /// What it uses. Quick: no walking of disks.
+    async fn usage(&self, spec: &MachineSpec) -> Result<Usage, BackendError>;
+
+    /// The last output of the machine's console as far as the host has it (boot messages, the runtime's words).
+    async fn console(&self, spec: &MachineSpec) -> Result<Vec<u8>, BackendError>;
+
+    /// How long [`Backend::start`] may take at most unless the user says otherwise.
+    fn boot_timeout(&self) -> Duration;
+}

@@ -1,0 +1,110 @@
+//! `machinefs mount` and `umount`.
+
+use super::settings::{DaemonArgs, Settings};
+use crate::fuse;
+use crate::machine::registry::{Options, Registry};
+use crate::tree::Tree;
+use machinefs_backends::container::{ContainerBackend, ContainerOptions};
+use rustix::fs::FlockOperation;
+use rustix::process::{Resource, Rlimit};
+use std::fs::File;
+use std::path::Path;
+use std::process::ExitCode;
+use std::sync::Arc;
+use tokio::signal::unix::{SignalKind, signal};
+
+/// Threads for the control plane: boots, timers. The files' way does not go through them.
+const CONTROL_THREADS: usize = 2;
+
+/// Serves until SIGTERM, SIGINT, `shutdown` in the root's ctl, or an unmount.
+pub fn mount(mountpoint: &Path, args: DaemonArgs) -> Result<ExitCode, String> {
+    let settings = args.resolve()?;
+    let filter = tracing_subscriber::EnvFilter::try_new(&settings.log).map_err(|error| format!("--log: {error}"))?;
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    let _lock = claim(&settings.state_dir)?;
+    raise_descriptor_limit();
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(CONTROL_THREADS)
+        .enable_all()
+        .build()
+        .map_err(|error| format!("cannot start the runtime: {error}"))?;
+    let result = runtime.block_on(serve(mountpoint, &settings));
+    // Machines' tasks are left where they are: machines outlive the daemon.
+    runtime.shutdown_background();
+    result.map(|()| ExitCode::SUCCESS)
+}
+
+async fn serve(mountpoint: &Path, settings: &Settings) -> Result<(), String> {
+    let (mut terminate, mut interrupt) = (listen(SignalKind::terminate())?, listen(SignalKind::interrupt())?);
+    fuse::replace_stale_mount(mountpoint).map_err(|error| error.to_string())?;
+    let mountpoint = std::fs::canonicalize(mountpoint).map_err(|error| format!("{}: {error}", mountpoint.display()))?;
+    let backend = container_backend(settings, Some(&mountpoint))?;
+    let options =
+        Options { state_dir: settings.state_dir.clone(), max_machines: settings.max_machines, backend: Arc::new(backend) };
+    let registry = Registry::open(options).map_err(|error| error.to_string())?;
+    let tree = Arc::new(Tree::new(registry.clone()));
+    let mounted = fuse::mount(fuse::MountOptions { no_exec: settings.noexec, ..fuse::MountOptions::new(&mountpoint) })
+        .map_err(|error| error.to_string())?;
+    let session = mounted.serve(tree).map_err(|error| error.to_string())?;
+    tracing::info!(mountpoint = %mountpoint.display(), state_dir = %settings.state_dir.display(), "serving");
+    let ended = async {
+        while session.is_alive() {
+            tokio::time::sleep(std::time::Duration::from_millis(200)).await;
+        }
+    };
+    tokio::select! {
+        _ = terminate.recv() => {}
+        _ = interrupt.recv() => {}
+        () = registry.shutdown_asked() => {}
+        () = ended => tracing::info!("unmounted by somebody else"),
+    }
+    if session.is_alive()
+        && let Err(error) = session.unmount(true)
+    {
+        tracing::warn!(%error, "unmounting");
+    }
+    registry.flush().await;
+    Ok(())
+}
+
+fn listen(kind: SignalKind) -> Result<tokio::signal::unix::Signal, String> {
+    signal(kind).map_err(|error| format!("cannot listen for signals: {error}"))
+}
+
+/// The container backend as the settings have it.
+pub fn container_backend(settings: &Settings, mountpoint: Option<&Path>) -> Result<ContainerBackend, String> {
+    ContainerBackend::new(ContainerOptions {
+        runtime: settings.runtime.clone(),
+        agent: settings.agent.clone(),
+        state_dir: settings.state_dir.clone(),
+        mountpoint: mountpoint.map(Path::to_path_buf),
+    })
+    .map_err(|error| error.to_string())
+}
+
+/// Makes the state directory ours alone: two daemons on one would tear down each other's machines.
+fn claim(state_dir: &Path) -> Result<File, String> {
+    use std::os::unix::fs::DirBuilderExt;
+    let failed = |error: std::io::Error| format!("{}: {error}: give a --state-dir you may write", state_dir.display());
+    std::fs::DirBuilder::new().recursive(true).mode(0o711).create(state_dir).map_err(failed)?;
+    let lock = File::create(state_dir.join("lock")).map_err(failed)?;
+    rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive).map_err(|_| {
+        format!("{} is in use by another machinefs: end it, or give another --state-dir", state_dir.display())
+    })?;
+    Ok(lock)
+}
+
+/// A machine takes a handful of descriptors; the soft limit of most hosts is 1024.
+fn raise_descriptor_limit() {
+    let limit = rustix::process::getrlimit(Resource::Nofile);
+    let raised = Rlimit { current: limit.maximum, ..limit };
+    if let Err(error) = rustix::process::setrlimit(Resource::Nofile, raised) {
+        tracing::warn!(%error, "cannot raise the limit of open files");
+    }
+}
+
+/// Unmounts a tree of ours.
+pub fn umount(mountpoint: &Path, lazy: bool) -> Result<ExitCode, String> {
+    fuse::unmount(mountpoint, lazy).map_err(|error| error.to_string())?;
+    Ok(ExitCode::SUCCESS)
+}

@@ -1,0 +1,657 @@
+//! The state of a link: what is pending, and how each of it ends.
+
+use super::error::LinkError;
+use super::expect::{Expect, expectation};
+use super::killed::being_killed;
+use super::out::{Class, Frame, Out, SendError, Sent};
+use super::stream::Streams;
+use super::timer::{Micros, NEVER, Timer, now};
+use super::{Done, Interrupt, LinkEvents, LinkOptions, RequestOptions, Response, Tag};
+use machinefs_protocol::file::{DirEntry, FileReply, FileRequest, Lock, ROOT};
+use machinefs_protocol::frame::{FLAG_MORE, FrameError, Header, Kind, MAX_BODY, MAX_DATA, encode_meta};
+use machinefs_protocol::message::{Notice, Reply, Request};
+use parking_lot::Mutex;
+use std::cell::Cell;
+use std::collections::HashMap;
+use std::net::Shutdown;
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering::SeqCst};
+use std::time::Duration;
+
+/// Requests that may be unanswered at once, those given up included.
+const MAX_PENDING: usize = 65_536;
+/// How long an interrupted query may still be answered by the agent; also how often a killed caller is looked for.
+const GRACE: Micros = 50_000;
+/// How long forgets are collected.
+const FORGET_DELAY: Micros = 5_000;
+/// Forgets in one notice: at most 20 bytes each, so that they fit in a frame's meta.
+const FORGET_BATCH: usize = 1024;
+/// Nodes whose forgets may wait for an agent that takes nothing.
+const MAX_FORGETS: usize = 1 << 20;
+/// Lies before the session is ended.
+const MAX_LIES: u32 = 1000;
+
+/// A request that was sent and is not answered.
+struct Pending {
+    /// `None`: given up; a late answer is given back.
+    done: Option<Done>,
+    expect: Expect,
+    limit: usize,
+    deadline: Micros,
+    /// A file operation: it fails when the agent is silent, even without a deadline.
+    file: bool,
+    interrupt: Interrupt,
+    /// When to look again at an interrupted request.
+    look_at: Micros,
+    /// The lock that a late answer would have taken for nobody.
+    unlock: Option<Box<FileRequest<'static>>>,
+}
+
+#[derive(Default)]
+struct Table {
+    map: HashMap<Tag, Pending>,
+    /// Those that somebody still waits for.
+    live: usize,
+    closed: Option<LinkError>,
+}
+
+/// What the threads of a link share.
+pub(super) struct Shared {
+    pub id: u64,
+    pub name: String,
+    pub socket: UnixStream,
+    timer: &'static Timer,
+    out: Out,
+    table: Mutex<Table>,
+    pub streams: Mutex<Streams>,
+    forgets: Mutex<HashMap<u64, u64>>,
+    events: Mutex<Option<Arc<dyn LinkEvents>>>,
+    op_deadline: Micros,
+    /// Since when nothing has come though something was waited for.
+    quiet_since: AtomicU64,
+    unresponsive: AtomicBool,
+    pinging: AtomicBool,
+    /// When the timer looks at this link.
+    pub wake_at: AtomicU64,
+    lies: AtomicU32,
+    tags: AtomicU64,
+    /// Why the reader is to end the link.
+    broken: Mutex<Option<LinkError>>,
+}
+
+thread_local! {
+    /// Where this thread encodes its messages.
+    static META: Cell<Vec<u8>> = const { Cell::new(Vec::new()) };
+}
+
+impl Shared {
+    pub fn new(timer: &'static Timer, socket: UnixStream, options: LinkOptions) -> Shared {
+        Shared {
+            id: timer.new_id(),
+            name: options.name,
+            socket,
+            timer,
+            out: Out::new(1, options.queue_limit),
+            table: Mutex::default(),
+            streams: Mutex::default(),
+            forgets: Mutex::default(),
+            events: Mutex::new(Some(options.events)),
+            op_deadline: micros(options.op_deadline),
+            quiet_since: AtomicU64::new(now()),
+            unresponsive: AtomicBool::new(false),
+            pinging: AtomicBool::new(false),
+            wake_at: AtomicU64::new(NEVER),
+            lies: AtomicU32::new(0),
+            tags: AtomicU64::new(1),
+            broken: Mutex::default(),
+        }
+    }
+
+    pub fn next_tag(&self) -> Tag {
+        self.tags.fetch_add(1, SeqCst)
+    }
+
+    pub fn events(&self) -> Option<Arc<dyn LinkEvents>> {
+        self.events.lock().clone()
+    }
+
+    pub fn is_responsive(&self) -> bool {
+        !self.unresponsive.load(SeqCst) && self.table.lock().closed.is_none()
+    }
+
+    pub fn pending(&self) -> (usize, usize) {
+        let table = self.table.lock();
+        (table.live, table.map.len() - table.live)
+    }
+
+    pub fn queued(&self) -> usize {
+        self.out.queued()
+    }
+
+    // --- sending ---------------------------------------------------------------------------------------------------
+
+    /// Registers and sends a request. `done` is called exactly once; on this thread when it cannot be sent.
+    pub fn request(
+        self: &Arc<Self>,
+        tag: Tag,
+        request: &Request<'_>,
+        body: &[u8],
+        options: RequestOptions,
+        done: Done,
+    ) {
+        if body.len() > MAX_BODY {
+            return done(Err(LinkError::TooLarge(FrameError::TooLarge { meta: 0, data: body.len() })));
+        }
+        let file = matches!(request, Request::File(_));
+        let is_ping = matches!(request, Request::Ping);
+        if file && self.unresponsive.load(SeqCst) {
+            return done(Err(LinkError::Unresponsive));
+        }
+        let mut meta = META.take();
+        let encoded = encode_meta(request, &mut meta);
+        let meta_len = match encoded {
+            Ok(len) => len,
+            Err(error) => {
+                META.set(meta);
+                return done(Err(LinkError::TooLarge(error)));
+            }
+        };
+        let time = now();
+        let (expect, limit) = expectation(request);
+        let deadline = options.deadline.map_or(NEVER, |after| time.saturating_add(micros(after)));
+        let pending = Pending {
+            done: Some(done),
+            expect,
+            limit,
+            deadline,
+            file,
+            interrupt: options.interrupt,
+            look_at: NEVER,
+            unlock: if options.unlock_if_late { unlock_of(request) } else { None },
+        };
+        if let Err((done, error)) = self.register(tag, pending, time, is_ping) {
+            META.set(meta);
+            return done(Err(error));
+        }
+        self.arm(deadline.min(time.saturating_add(self.ping_after())));
+        let deadline_ms = options.deadline.map_or(0, |after| after.as_millis().clamp(1, u32::MAX.into()) as u32);
+        let sent = self.send_request(tag, meta_len, &meta, deadline_ms, body, is_ping);
+        META.set(meta);
+        match sent {
+            Ok(()) => {}
+            Err(SendError::Full) => self.end(tag, LinkError::Overloaded, true),
+            Err(SendError::Broken(error)) => {
+                let error = LinkError::Lost(error.to_string().into());
+                self.break_off(error.clone());
+                self.end(tag, error, true);
+            }
+        }
+    }
+
+    fn register(&self, tag: Tag, mut pending: Pending, time: Micros, ping: bool) -> Result<(), (Done, LinkError)> {
+        let mut table = self.table.lock();
+        let error = match &table.closed {
+            Some(error) => error.clone(),
+            None if table.map.len() >= MAX_PENDING && !ping => LinkError::Overloaded,
+            None => {
+                if table.live == 0 {
+                    self.quiet_since.fetch_max(time, SeqCst);
+                }
+                table.live += 1;
+                table.map.insert(tag, pending);
+                return Ok(());
+            }
+        };
+        drop(table);
+        // `pending` was built with one.
+        let done = pending.done.take().unwrap_or_else(|| Box::new(|_| {}));
+        Err((done, error))
+    }
+
+    fn send_request(
+        &self,
+        tag: Tag,
+        meta_len: u16,
+        meta: &[u8],
+        deadline_ms: u32,
+        body: &[u8],
+        control: bool,
+    ) -> Result<(), SendError> {
+        let class = if control { Class::Control } else { Class::Request };
+        let header = |kind, flags, meta_len, data: &[u8]| Header {
+            kind,
+            flags,
+            meta_len,
+            data_len: data.len() as u32,
+            seq: 0,
+            deadline_ms,
+            tag,
+        };
+        if body.len() <= MAX_DATA {
+            let frame = Frame { header: header(Kind::Request, 0, meta_len, body), meta, data: body };
+            return self.send(&[frame], class);
+        }
+        let mut chunks = body.chunks(MAX_DATA).peekable();
+        let mut frames = Vec::with_capacity(body.len() / MAX_DATA + 1);
+        while let Some(data) = chunks.next() {
+            let flags = if chunks.peek().is_some() { FLAG_MORE } else { 0 };
+            frames.push(if frames.is_empty() {
+                Frame { header: header(Kind::Request, flags, meta_len, data), meta, data }
+            } else {
+                Frame { header: header(Kind::Body, flags, 0, data), meta: &[], data }
+            });
+        }
+        self.send(&frames, class)
+    }
+
+    fn send(&self, frames: &[Frame<'_>], class: Class) -> Result<(), SendError> {
+        if self.out.send(&self.socket, frames, class)? == Sent::Waiting {
+            self.watch();
+        }
+        Ok(())
+    }
+
+    fn watch(&self) {
+        if self.out.needs_watch()
+            && let Err(error) = self.timer.watch(self)
+        {
+            self.break_off(LinkError::Lost(error.to_string().into()));
+        }
+    }
+
+    /// Sends a frame that no request waits for. When not even that can be queued, the link is lost.
+    fn control<M: serde::Serialize>(&self, kind: Kind, tag: Tag, message: Option<&M>, class: Class) {
+        let mut meta = META.take();
+        let encoded = message.map_or(Ok(0), |message| encode_meta(message, &mut meta));
+        let sent = match encoded {
+            Ok(meta_len) => {
+                let header = Header { kind, flags: 0, meta_len, data_len: 0, seq: 0, deadline_ms: 0, tag };
+                let meta = meta.get(..meta_len as usize).unwrap_or(&[]);
+                self.send(&[Frame { header, meta, data: &[] }], class)
+            }
+            Err(error) => {
+                tracing::error!(link = self.name, %error, "a notice does not fit in a frame");
+                Ok(())
+            }
+        };
+        META.set(meta);
+        match sent {
+            Ok(()) => {}
+            Err(SendError::Full) => self.break_off(LinkError::Lost("the agent takes nothing any more".into())),
+            Err(SendError::Broken(error)) => self.break_off(LinkError::Lost(error.to_string().into())),
+        }
+    }
+
+    pub fn send_cancel(&self, tag: Tag) {
+        self.control::<()>(Kind::Cancel, tag, None, Class::Ordered);
+    }
+
+    pub fn send_credit(&self, tag: Tag, bytes: u64) {
+        self.control(Kind::Credit, tag, Some(&machinefs_protocol::message::Credit { bytes }), Class::Control);
+    }
+
+    pub fn notice(&self, notice: &Notice) {
+        if self.table.lock().closed.is_some() {
+            return;
+        }
+        match notice {
+            Notice::Forget(nodes) => self.forget(nodes),
+            Notice::Release { .. } | Notice::ReleaseDir { .. } => {
+                self.control(Kind::Notice, 0, Some(notice), Class::Ordered);
+            }
+        }
+    }
+
+    fn forget(&self, nodes: &[(u64, u64)]) {
+        let (first, full, over) = {
+            let mut forgets = self.forgets.lock();
+            let first = forgets.is_empty();
+            for &(node, count) in nodes {
+                let held = forgets.entry(node).or_default();
+                *held = held.saturating_add(count);
+            }
+            (first, forgets.len() >= FORGET_BATCH, forgets.len() > MAX_FORGETS)
+        };
+        if over {
+            self.break_off(LinkError::Lost("the agent takes no forgets".into()));
+        } else if full && self.out.queued() == 0 {
+            self.flush_forgets();
+        } else if first {
+            self.arm(now() + FORGET_DELAY);
+        }
+    }
+
+    /// Sends what was collected, as long as the socket takes it. Gives when to try again.
+    fn flush_forgets(&self) -> Micros {
+        loop {
+            let batch: Vec<(u64, u64)> = {
+                let mut forgets = self.forgets.lock();
+                if forgets.is_empty() {
+                    return NEVER;
+                }
+                if self.out.queued() > 0 {
+                    return now() + 20 * FORGET_DELAY;
+                }
+                if forgets.len() <= FORGET_BATCH {
+                    let all = forgets.drain().collect();
+                    forgets.shrink_to(64);
+                    all
+                } else {
+                    let nodes: Vec<u64> = forgets.keys().take(FORGET_BATCH).copied().collect();
+                    nodes.into_iter().filter_map(|node| forgets.remove_entry(&node)).collect()
+                }
+            };
+            self.control(Kind::Notice, 0, Some(&Notice::Forget(batch)), Class::Control);
+        }
+    }
+
+    /// The socket takes more (called by the poller).
+    pub fn flush(&self) {
+        match self.out.flush(&self.socket) {
+            Ok(Sent::Done) => {}
+            Ok(Sent::Waiting) => self.watch(),
+            Err(SendError::Broken(error)) => self.break_off(LinkError::Lost(error.to_string().into())),
+            Err(SendError::Full) => {}
+        }
+    }
+
+    // --- ending requests -------------------------------------------------------------------------------------------
+
+    /// Ends a request early. `unsent`: it never left. Else the agent is told, and its answer is waited for as a debt.
+    fn end(&self, tag: Tag, error: LinkError, unsent: bool) {
+        let unsent = unsent || self.out.withdraw(tag);
+        let done = {
+            let mut table = self.table.lock();
+            let Some(pending) = table.map.get_mut(&tag) else { return };
+            let Some(done) = pending.done.take() else { return };
+            table.live -= 1;
+            if unsent {
+                table.map.remove(&tag);
+            }
+            done
+        };
+        if !unsent {
+            self.send_cancel(tag);
+        }
+        done(Err(error));
+    }
+
+    /// Whoever asked has been interrupted; see [`Interrupt`].
+    pub fn cancel(&self, tag: Tag) {
+        let interrupt = {
+            let mut table = self.table.lock();
+            let Some(pending) = table.map.get_mut(&tag) else { return };
+            if pending.done.is_none() || pending.look_at != NEVER {
+                return;
+            }
+            let wait = if matches!(pending.interrupt, Interrupt::Change { .. }) { 0 } else { GRACE };
+            pending.look_at = now() + wait;
+            self.arm(pending.look_at);
+            pending.interrupt
+        };
+        match interrupt {
+            Interrupt::Change { .. } => {}
+            Interrupt::Query | Interrupt::Wait if self.out.withdraw(tag) => self.end(tag, LinkError::Interrupted, true),
+            Interrupt::Query => {}
+            Interrupt::Wait => self.send_cancel(tag),
+        }
+    }
+
+    /// The bounds for the answer to a request, if that tag is waited for.
+    pub fn expected(&self, tag: Tag) -> Option<(Expect, usize)> {
+        self.table.lock().map.get(&tag).map(|pending| (pending.expect, pending.limit))
+    }
+
+    /// The agent's answer is complete. `false`: nothing was asked under that tag.
+    pub fn finish(self: &Arc<Self>, tag: Tag, result: Result<Response, LinkError>) -> bool {
+        let pending = {
+            let mut table = self.table.lock();
+            let Some(pending) = table.map.remove(&tag) else { return false };
+            table.live -= usize::from(pending.done.is_some());
+            pending
+        };
+        match (pending.done, result) {
+            (Some(done), result) => done(result),
+            (None, Ok(response)) => self.give_back(&response, pending.unlock),
+            (None, Err(_)) => {}
+        }
+        true
+    }
+
+    /// An answer came after its request was given up: what it made the agent hold is let go.
+    fn give_back(self: &Arc<Self>, response: &Response, unlock: Option<Box<FileRequest<'static>>>) {
+        let Reply::File(reply) = &response.reply else { return };
+        let release = |fh| self.notice(&Notice::Release { fh, owner: 0 });
+        let forget = |node| {
+            if node != ROOT {
+                self.forget(&[(node, 1)]);
+            }
+        };
+        match reply {
+            FileReply::Entry(entry) => forget(entry.node),
+            FileReply::Opened(fh) => release(*fh),
+            FileReply::Created(entry, fh) => {
+                release(*fh);
+                forget(entry.node);
+            }
+            FileReply::OpenedDir(fh, _) => {
+                held_nodes(&response.body).for_each(forget);
+                self.notice(&Notice::ReleaseDir { fh: *fh });
+            }
+            FileReply::Dir(_) => held_nodes(&response.body).for_each(forget),
+            FileReply::Ok => {
+                if let Some(unlock) = unlock {
+                    let options = RequestOptions::within(Duration::from_micros(self.op_deadline));
+                    self.request(self.next_tag(), &Request::File(*unlock), &[], options, Box::new(|_| {}));
+                }
+            }
+            FileReply::Attr(_)
+            | FileReply::Data
+            | FileReply::Count(_)
+            | FileReply::Offset(_)
+            | FileReply::StatFs(_)
+            | FileReply::Lock(_) => {}
+        }
+    }
+
+    /// The agent did what it may not. Too often, and the session ends.
+    pub fn lie(&self, what: &str) {
+        let lies = self.lies.fetch_add(1, SeqCst).saturating_add(1);
+        if lies.is_power_of_two() {
+            tracing::warn!(link = self.name, lies, "lying agent: {what}");
+        }
+        if lies >= MAX_LIES {
+            self.fail(LinkError::Lie("too often".into()));
+        }
+    }
+
+    /// The link cannot go on: its reader ends it, so that no thread of somebody else's has to.
+    fn break_off(&self, reason: LinkError) {
+        self.broken.lock().get_or_insert(reason);
+        let _ = self.socket.shutdown(Shutdown::Both);
+    }
+
+    /// Ends the link: all that is pending fails now.
+    pub fn fail(&self, reason: LinkError) {
+        let reason = self.broken.lock().take().unwrap_or(reason);
+        let pending = {
+            let mut table = self.table.lock();
+            if table.closed.is_some() {
+                return;
+            }
+            table.closed = Some(reason.clone());
+            table.live = 0;
+            std::mem::take(&mut table.map)
+        };
+        if !matches!(reason, LinkError::Closed) {
+            tracing::warn!(link = self.name, %reason, "link lost");
+        }
+        let _ = self.socket.shutdown(Shutdown::Both);
+        self.timer.remove(self);
+        self.out.clear();
+        *self.forgets.lock() = HashMap::new();
+        for done in pending.into_values().filter_map(|pending| pending.done) {
+            done(Err(reason.clone()));
+        }
+        let sinks = self.streams.lock().drain();
+        for sink in sinks {
+            sink.lost(&reason);
+        }
+        let events = self.events.lock().take();
+        if let Some(events) = events {
+            events.lost(&reason);
+        }
+    }
+
+    // --- time ------------------------------------------------------------------------------------------------------
+
+    /// Has the timer look at this link by then.
+    fn arm(&self, at: Micros) {
+        if at < self.wake_at.load(SeqCst) && at < self.wake_at.fetch_min(at, SeqCst) {
+            self.timer.wake_by(at);
+        }
+    }
+
+    /// Silence after which the agent is asked whether it is there.
+    fn ping_after(&self) -> Micros {
+        (self.op_deadline * 2 / 5).min(2_000_000)
+    }
+
+    /// Bytes have come.
+    pub fn heard(&self) {
+        self.quiet_since.store(now(), SeqCst);
+        if self.unresponsive.load(SeqCst) && self.unresponsive.swap(false, SeqCst) {
+            tracing::info!(link = self.name, "the agent answers again");
+        }
+    }
+
+    /// What is due: forgets, deadlines, interrupts, the heartbeat.
+    pub fn tick(self: &Arc<Self>) {
+        self.wake_at.store(NEVER, SeqCst);
+        let mut next = self.flush_forgets();
+        let time = now();
+        let mut late = Vec::new();
+        let mut interrupted = Vec::new();
+        let waiting = {
+            let table = self.table.lock();
+            for (&tag, pending) in table.map.iter().filter(|(_, pending)| pending.done.is_some()) {
+                if pending.deadline <= time {
+                    late.push(tag);
+                } else if pending.look_at <= time {
+                    interrupted.push((tag, pending.interrupt));
+                } else {
+                    next = next.min(pending.deadline).min(pending.look_at);
+                }
+            }
+            table.live > 0
+        };
+        for tag in late {
+            self.end(tag, LinkError::TimedOut, false);
+        }
+        for (tag, interrupt) in interrupted {
+            next = next.min(self.look_at_interrupted(tag, interrupt, time));
+        }
+        if waiting {
+            next = next.min(self.heartbeat(time));
+        }
+        if next != NEVER {
+            // No more than a thousand looks a second.
+            self.arm(next.max(now() + 1000));
+        }
+    }
+
+    fn look_at_interrupted(&self, tag: Tag, interrupt: Interrupt, time: Micros) -> Micros {
+        let end = match interrupt {
+            Interrupt::Query | Interrupt::Wait => true,
+            Interrupt::Change { pid } => being_killed(pid),
+        };
+        if end {
+            self.end(tag, LinkError::Interrupted, false);
+            return NEVER;
+        }
+        let mut table = self.table.lock();
+        let Some(pending) = table.map.get_mut(&tag) else { return NEVER };
+        pending.look_at = time + GRACE;
+        pending.look_at.min(pending.deadline)
+    }
+
+    /// Asks a silent agent whether it is there, and gives it up for the time being when it stays silent. Gives when
+    /// to look again.
+    fn heartbeat(self: &Arc<Self>, time: Micros) -> Micros {
+        let quiet_since = self.quiet_since.load(SeqCst);
+        if time >= quiet_since.saturating_add(self.op_deadline) {
+            self.silence();
+            return NEVER;
+        }
+        if time >= quiet_since.saturating_add(self.ping_after()) {
+            self.ping();
+            return quiet_since + self.op_deadline;
+        }
+        quiet_since + self.ping_after()
+    }
+
+    /// At most one ping is on the way; it stays until it is answered, so that a stopped agent that goes on says so.
+    fn ping(self: &Arc<Self>) {
+        if self.pinging.swap(true, SeqCst) {
+            return;
+        }
+        let me = Arc::downgrade(self);
+        let done = Box::new(move |_| {
+            if let Some(me) = me.upgrade() {
+                me.pinging.store(false, SeqCst);
+            }
+        });
+        self.request(self.next_tag(), &Request::Ping, &[], RequestOptions::forever(), done);
+    }
+
+    fn silence(self: &Arc<Self>) {
+        self.ping();
+        let waiting: Vec<Tag> = {
+            let table = self.table.lock();
+            let hopeless = |p: &Pending| p.done.is_some() && (p.file || p.deadline != NEVER);
+            table.map.iter().filter(|(_, p)| hopeless(p)).map(|(&tag, _)| tag).collect()
+        };
+        if !self.unresponsive.swap(true, SeqCst) {
+            tracing::warn!(link = self.name, pending = waiting.len(), "the agent is silent");
+        }
+        for tag in waiting {
+            self.end(tag, LinkError::Unresponsive, false);
+        }
+    }
+}
+
+impl Drop for Shared {
+    fn drop(&mut self) {
+        self.timer.remove(self);
+    }
+}
+
+pub(super) fn micros(duration: Duration) -> Micros {
+    duration.as_micros().min(u128::from(NEVER - 1)) as Micros
+}
+
+/// The request that undoes a lock.
+fn unlock_of(request: &Request<'_>) -> Option<Box<FileRequest<'static>>> {
+    const F_UNLCK: u32 = libc::F_UNLCK as u32;
+    match request {
+        Request::File(FileRequest::SetLock { fh, owner, lock, flock, .. }) if lock.kind != F_UNLCK => {
+            let lock = Lock { kind: F_UNLCK, ..*lock };
+            Some(Box::new(FileRequest::SetLock { fh: *fh, owner: *owner, lock, flock: *flock, wait: false }))
+        }
+        _ => None,
+    }
+}
+
+/// The nodes that a page of a directory makes the host hold; ends at the first byte that is not an entry.
+fn held_nodes(mut page: &[u8]) -> impl Iterator<Item = u64> {
+    std::iter::from_fn(move || {
+        loop {
+            let (entry, rest) = postcard::take_from_bytes::<DirEntry<'_>>(page).ok()?;
+            page = rest;
+            if let Some(entry) = entry.entry {
+                return Some(entry.node);
+            }
+        }
+    })
+}

@@ -1,0 +1,604 @@
+//! One job: a command, its output and its end.
+
+use super::error::MachineError;
+use super::events::stamp;
+use super::store::JobRow;
+use super::watch::Watch;
+use machinefs_protocol::job::{ExitReason, JobEnd};
+pub use machinefs_protocol::joblog::Filter as Output;
+use machinefs_protocol::joblog::{self, Cursor, JobLog, LogError};
+use parking_lot::Mutex;
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+/// Commands longer than this are kept in a file, not in memory.
+const COMMAND_IN_MEMORY: usize = 16 * 1024;
+
+/// Where a job is in its life.
+#[derive(Clone, Debug, PartialEq)]
+pub(super) enum Phase {
+    /// Its text is being written.
+    Writing,
+    /// It waits for the machine.
+    Queued,
+    /// It was given to the agent.
+    Starting,
+    /// It runs.
+    Running,
+    /// The agent said how it ended; some of its output is still on its way.
+    Draining(JobEnd),
+    /// It has ended.
+    Ended(JobEnd),
+    /// Its machine went away under it; why.
+    Lost(String),
+}
+
+enum Command {
+    Memory(Vec<u8>),
+    File(PathBuf),
+}
+
+enum Log {
+    Live(Arc<Mutex<JobLog>>),
+    /// In its file, with the lengths of the three readings.
+    Saved([u64; 3]),
+}
+
+struct Inner {
+    phase: Phase,
+    command: Command,
+    log: Log,
+    modified: SystemTime,
+    pid: u32,
+    started_ms: Option<u64>,
+}
+
+/// A job.
+pub struct Job {
+    number: u64,
+    uid: u32,
+    created: SystemTime,
+    dir: PathBuf,
+    inner: Mutex<Inner>,
+    watch: Watch,
+}
+
+fn in_millis(time: SystemTime) -> u64 {
+    time.duration_since(SystemTime::UNIX_EPOCH).map_or(0, |since| since.as_millis() as u64)
+}
+
+fn from_millis(millis: u64) -> SystemTime {
+    SystemTime::UNIX_EPOCH.checked_add(Duration::from_millis(millis)).unwrap_or(SystemTime::UNIX_EPOCH)
+}
+
+fn which(output: Output) -> usize {
+    match output {
+        Output::All => 0,
+        Output::Stdout => 1,
+        Output::Stderr => 2,
+    }
+}
+
+impl Job {
+    /// A job whose text is about to be written. Its output goes to `dir`.
+    pub(super) fn new(number: u64, uid: u32, dir: &Path, limit: u64) -> Job {
+        let inner = Inner {
+            phase: Phase::Writing,
+            command: Command::Memory(Vec::new()),
+            log: Log::Live(Arc::new(Mutex::new(new_log(dir, number, limit)))),
+            modified: SystemTime::now(),
+            pid: 0,
+            started_ms: None,
+        };
+        let (dir, watch) = (dir.to_path_buf(), Watch::new());
+        Job { number, uid, created: SystemTime::now(), dir, inner: Mutex::new(inner), watch }
+    }
+
+    /// A job as it was written down.
+    pub(super) fn load(row: JobRow, dir: &Path, limit: u64) -> Job {
+        let job = Job::new(row.number, row.uid, dir, limit);
+        {
+            let mut inner = job.inner.lock();
+            inner.started_ms = row.started_ms.map(|millis| millis as u64);
+            inner.modified = from_millis(row.ended_ms.unwrap_or(row.created_ms) as u64);
+            inner.command = Command::Memory(row.command);
+            inner.phase = match (&row.end, row.ended_ms) {
+                (Some(end), Some(ended)) => parse_end(end, ended as u64, row.cpu_micros as u64, row.max_rss_kib as u64),
+                _ => Phase::Queued,
+            };
+            if inner.phase != Phase::Queued {
+                let sizes = open_log(dir, row.number).and_then(|log| sizes(&log).map_err(io::Error::from));
+                inner.log = Log::Saved(sizes.unwrap_or([0; 3]));
+            }
+        }
+        Job { created: from_millis(row.created_ms as u64), ..job }
+    }
+
+    /// Its number within the machine.
+    pub fn number(&self) -> u64 {
+        self.number
+    }
+
+    /// Who gave it (a user of the host).
+    pub fn caller_uid(&self) -> u32 {
+        self.uid
+    }
+
+    /// When its first byte was written.
+    pub fn created(&self) -> SystemTime {
+        self.created
+    }
+
+    /// When something of it last changed.
+    pub fn modified(&self) -> SystemTime {
+        self.inner.lock().modified
+    }
+
+    /// Wakes on new output and on the end.
+    pub fn watch(&self) -> &Watch {
+        &self.watch
+    }
+
+    /// Its text as submitted.
+    pub fn command(&self) -> Vec<u8> {
+        match &self.inner.lock().command {
+            Command::Memory(bytes) => bytes.clone(),
+            Command::File(path) => std::fs::read(path).unwrap_or_default(),
+        }
+    }
+
+    /// Whether it has ended or was lost.
+    pub fn is_done(&self) -> bool {
+        matches!(self.inner.lock().phase, Phase::Ended(_) | Phase::Lost(_))
+    }
+
+    pub(super) fn phase(&self) -> Phase {
+        self.inner.lock().phase.clone()
+    }
+
+    /// Moves it on, unless it has ended already.
+    pub(super) fn set_phase(&self, phase: Phase) -> bool {
+        {
+            let mut inner = self.inner.lock();
+            if matches!(inner.phase, Phase::Ended(_) | Phase::Lost(_)) {
+                return false;
+            }
+            inner.phase = phase;
+            inner.modified = SystemTime::now();
+        }
+        self.watch.notify();
+        true
+    }
+
+    /// Ends it, once: `history` gets its line before anybody is woken. Gives whether it was this call that ended it.
+    pub(super) fn finish(&self, phase: Phase, history: impl FnOnce(&str)) -> bool {
+        {
+            let mut inner = self.inner.lock();
+            if matches!(inner.phase, Phase::Ended(_) | Phase::Lost(_)) {
+                return false;
+            }
+            inner.phase = phase;
+            inner.modified = SystemTime::now();
+        }
+        history(&self.history_line());
+        self.watch.notify();
+        true
+    }
+
+    pub(super) fn set_started(&self, pid: u32, started_ms: u64) {
+        let mut inner = self.inner.lock();
+        inner.pid = pid;
+        inner.started_ms = Some(started_ms);
+        if inner.phase == Phase::Starting {
+            inner.phase = Phase::Running;
+        }
+    }
+
+    pub(super) fn set_command(&self, text: Vec<u8>) {
+        self.inner.lock().command = Command::Memory(text);
+    }
+
+    /// Moves a long command from memory to a file. Writes to the disk.
+    pub(super) fn spill_command(&self) -> io::Result<()> {
+        let path = self.dir.join(format!("{}.cmd", self.number));
+        let text = match &self.inner.lock().command {
+            Command::Memory(bytes) if bytes.len() > COMMAND_IN_MEMORY => bytes.clone(),
+            _ => return Ok(()),
+        };
+        std::fs::write(&path, text)?;
+        self.inner.lock().command = Command::File(path);
+        Ok(())
+    }
+
+    /// `Some(0)`, `Some(137)` … once it has ended; an error when it was lost with its machine; `None` before.
+    pub fn exit(&self) -> Option<Result<u8, MachineError>> {
+        match &self.inner.lock().phase {
+            Phase::Ended(end) => Some(Ok(end.reason.code())),
+            Phase::Lost(why) => Some(Err(MachineError::down(format!("job {} was lost: {why}", self.number)))),
+            _ => None,
+        }
+    }
+
+    /// The lines of `status`.
+    pub fn status_text(&self) -> String {
+        let inner = self.inner.lock();
+        let (state, reason) = match &inner.phase {
+            Phase::Writing => ("writing", String::from("-")),
+            Phase::Queued => ("queued", "-".into()),
+            Phase::Starting => ("starting", "-".into()),
+            Phase::Running | Phase::Draining(_) => ("running", "-".into()),
+            Phase::Ended(end) => ("exited", reason_text(end.reason)),
+            Phase::Lost(why) => ("lost", why.clone()),
+        };
+        let started = inner.started_ms.map_or("-".into(), |millis| stamp(from_millis(millis)));
+        let mut text = format!("state {state}\nreason {reason}\npid {}\nstarted {started}\n", inner.pid);
+        if let Phase::Ended(end) = &inner.phase {
+            let seconds = end.ended_ms.saturating_sub(inner.started_ms.unwrap_or(end.ended_ms)) as f64 / 1e3;
+            text.push_str(&format!(
+                "exit {}\nseconds {seconds:.3}\ncpu {:.6}\nrss {}K\n",
+                end.reason.code(),
+                end.cpu_micros as f64 / 1e6,
+                end.max_rss_kib
+            ));
+        }
+        text
+    }
+
+    // ---- output ----
+
+    /// Where the log goes on, in log bytes.
+    pub(super) fn log_end(&self) -> u64 {
+        match &self.inner.lock().log {
+            Log::Live(log) => log.lock().end(),
+            Log::Saved(_) => u64::MAX,
+        }
+    }
+
+    /// Takes records from the agent.
+    pub(super) fn append(&self, records: &[u8]) -> Result<(), LogError> {
+        {
+            let mut inner = self.inner.lock();
+            let Log::Live(log) = &inner.log else { return Ok(()) };
+            log.lock().append_records(records)?;
+            inner.modified = SystemTime::now();
+        }
+        self.watch.notify();
+        Ok(())
+    }
+
+    /// Puts the log into its file and frees the memory. Writes to the disk.
+    pub(super) fn save_log(&self) -> Result<(), LogError> {
+        let Log::Live(log) = &self.inner.lock().log else { return Ok(()) };
+        let log = log.clone();
+        let sizes = {
+            let mut log = log.lock();
+            log.save()?;
+            sizes(&log)?
+        };
+        self.inner.lock().log = Log::Saved(sizes);
+        Ok(())
+    }
+
+    /// Bytes a reader would get by now.
+    pub fn output_len(&self, output: Output) -> u64 {
+        match &self.inner.lock().log {
+            Log::Live(log) => {
+                let log = log.lock();
+                log.totals().of(output).saturating_sub(log.lost().of(output))
+            }
+            Log::Saved(sizes) => sizes[which(output)],
+        }
+    }
+
+    /// Bytes on the host's disk, about.
+    pub(super) fn disk(&self) -> u64 {
+        self.output_len(Output::All)
+    }
+
+    /// A private cursor, from the first byte.
+    pub fn reader(self: &Arc<Self>, output: Output) -> OutputReader {
+        OutputReader { job: self.clone(), log: None, output, cursor: Cursor::start(), pending: Vec::new(), position: 0 }
+    }
+
+    fn open(&self) -> io::Result<Arc<Mutex<JobLog>>> {
+        match &self.inner.lock().log {
+            Log::Live(log) => Ok(log.clone()),
+            Log::Saved(_) => Ok(Arc::new(Mutex::new(open_log(&self.dir, self.number)?))),
+        }
+    }
+
+    pub(super) fn row(&self) -> JobRow {
+        let command = self.command();
+        let inner = self.inner.lock();
+        let mut row = JobRow {
+            number: self.number,
+            uid: self.uid,
+            created_ms: in_millis(self.created) as i64,
+            started_ms: inner.started_ms.map(|millis| millis as i64),
+            ended_ms: None,
+            end: None,
+            cpu_micros: 0,
+            max_rss_kib: 0,
+            command,
+        };
+        match &inner.phase {
+            Phase::Ended(end) => {
+                row.ended_ms = Some(end.ended_ms as i64);
+                row.end = Some(format_end(end.reason));
+                row.cpu_micros = end.cpu_micros as i64;
+                row.max_rss_kib = end.max_rss_kib as i64;
+            }
+            Phase::Lost(why) => {
+                row.ended_ms = Some(in_millis(inner.modified) as i64);
+                row.end = Some(format!("lost {why}"));
+            }
+            _ => {}
+        }
+        row
+    }
+
+    /// The line of `history`, once it is done.
+    pub(super) fn history_line(&self) -> String {
+        let row = self.row();
+        let started = row.started_ms.unwrap_or(row.created_ms);
+        let seconds = (row.ended_ms.unwrap_or(started) - started).max(0) as f64 / 1e3;
+        let exit = match self.exit() {
+            Some(Ok(code)) => code.to_string(),
+            _ => "lost".to_string(),
+        };
+        let text = String::from_utf8_lossy(&row.command);
+        let short: String = text.trim_end_matches('\n').chars().take(1000).collect();
+        format!(
+            "{} {} {seconds:.3} {exit} {} {}",
+            self.number,
+            stamp(from_millis(started as u64)),
+            self.uid,
+            super::events::quote(&short)
+        )
+    }
+
+    pub(super) fn remove_files(&self) {
+        for suffix in ["log", "cmd"] {
+            // Not there is what is wanted; any other failure goes with the machine's directory.
+            let _ = std::fs::remove_file(self.dir.join(format!("{}.{suffix}", self.number)));
+        }
+    }
+}
+
+fn new_log(dir: &Path, number: u64, limit: u64) -> JobLog {
+    let path = dir.join(format!("{number}.log"));
+    JobLog::new(
+        limit,
+        Box::new(move || {
+            OpenOptions::new().read(true).write(true).create(true).truncate(true).mode(0o600).open(&path)
+        }),
+    )
+}
+
+fn open_log(dir: &Path, number: u64) -> io::Result<JobLog> {
+    let file = File::open(dir.join(format!("{number}.log")))?;
+    Ok(JobLog::load(file)?)
+}
+
+fn sizes(log: &JobLog) -> Result<[u64; 3], LogError> {
+    let mut sizes = [0; 3];
+    for output in [Output::All, Output::Stdout, Output::Stderr] {
+        if log.lost().of(output) == 0 {
+            sizes[which(output)] = log.totals().of(output);
+            continue;
+        }
+        let mut cursor = Cursor::start();
+        loop {
+            sizes[which(output)] += match log.read_source(&mut cursor, output, 1 << 20)? {
+                joblog::Chunk::Data(bytes) if bytes.is_empty() => break,
+                joblog::Chunk::Data(bytes) => bytes.len() as u64,
+                joblog::Chunk::Gap(lost) => gap_text(lost.of(output)).len() as u64,
+            };
+        }
+    }
+    Ok(sizes)
+}
+
+/// What stands in the output where some of it was not kept.
+fn gap_text(lost: u64) -> String {
+    format!("\n[machinefs: {lost} bytes were not kept, see config/output_limit]\n")
+}
+
+/// The words for how it ended.
+fn reason_text(reason: ExitReason) -> String {
+    match reason {
+        ExitReason::Code(_) => "exit".into(),
+        ExitReason::Signal(signal) => format!("signal {signal}"),
+        ExitReason::Timeout => "timeout".into(),
+        ExitReason::OutOfMemory => "out of memory".into(),
+        ExitReason::NotStarted(errno) => format!("not started: {}", crate::errno::Errno(errno)),
+        ExitReason::Lost => "lost".into(),
+    }
+}
+
+fn format_end(reason: ExitReason) -> String {
+    match reason {
+        ExitReason::Code(code) => format!("code {code}"),
+        ExitReason::Signal(signal) => format!("signal {signal}"),
+        ExitReason::Timeout => "timeout".into(),
+        ExitReason::OutOfMemory => "memory".into(),
+        ExitReason::NotStarted(errno) => format!("notstarted {errno}"),
+        ExitReason::Lost => "lost the agent was restarted".into(),
+    }
+}
+
+fn parse_end(end: &str, ended_ms: u64, cpu_micros: u64, max_rss_kib: u64) -> Phase {
+    let (word, rest) = end.split_once(' ').unwrap_or((end, ""));
+    let reason = match word {
+        "code" => ExitReason::Code(rest.parse().unwrap_or(125)),
+        "signal" => ExitReason::Signal(rest.parse().unwrap_or(0)),
+        "timeout" => ExitReason::Timeout,
+        "memory" => ExitReason::OutOfMemory,
+        "notstarted" => ExitReason::NotStarted(rest.parse().unwrap_or(0)),
+        _ => return Phase::Lost(rest.to_string()),
+    };
+    Phase::Ended(JobEnd { reason, log_end: 0, cpu_micros, max_rss_kib, ended_ms })
+}
+
+/// What a read of a job's output gives.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Chunk {
+    /// Bytes; never empty.
+    Data(Vec<u8>),
+    /// Nothing yet.
+    Pending,
+    /// It has ended, and this was all.
+    End,
+}
+
+/// A private cursor in a job's output.
+pub struct OutputReader {
+    job: Arc<Job>,
+    log: Option<Arc<Mutex<JobLog>>>,
+    output: Output,
+    cursor: Cursor,
+    /// The rest of the text that marks a gap.
+    pending: Vec<u8>,
+    /// Bytes given so far.
+    position: u64,
+}
+
+impl OutputReader {
+    /// The next bytes. Reads a file at most (the page cache), never waits for the job.
+    ///
+    /// # Errors
+    /// The spool on the host's disk cannot be read.
+    pub fn next(&mut self, max: usize) -> Result<Chunk, MachineError> {
+        if max == 0 {
+            return Ok(Chunk::Pending);
+        }
+        if !self.pending.is_empty() {
+            let rest = self.pending.split_off(max.min(self.pending.len()));
+            let bytes = std::mem::replace(&mut self.pending, rest);
+            return Ok(self.give(bytes));
+        }
+        // Asked before the log is read: what came before the end was in the log before that.
+        let done = self.job.is_done();
+        let spool = |error: &dyn std::fmt::Display| MachineError::no_space(format!("the host's spool: {error}"));
+        let log = match &self.log {
+            Some(log) => log.clone(),
+            None => {
+                let log = match self.job.open() {
+                    Ok(log) => log,
+                    // Nothing was ever saved of a job that was lost before it printed anything.
+                    Err(error) if error.kind() == io::ErrorKind::NotFound && done => return Ok(Chunk::End),
+                    Err(error) => return Err(spool(&error)),
+                };
+                self.log.insert(log).clone()
+            }
+        };
+        let chunk = log.lock().read_source(&mut self.cursor, self.output, max).map_err(|error| spool(&error))?;
+        match chunk {
+            joblog::Chunk::Data(bytes) if !bytes.is_empty() => Ok(self.give(bytes)),
+            joblog::Chunk::Data(_) if done => Ok(Chunk::End),
+            joblog::Chunk::Data(_) => Ok(Chunk::Pending),
+            joblog::Chunk::Gap(lost) => {
+                self.pending = gap_text(lost.of(self.output)).into_bytes();
+                self.next(max)
+            }
+        }
+    }
+
+    fn give(&mut self, bytes: Vec<u8>) -> Chunk {
+        self.position += bytes.len() as u64;
+        Chunk::Data(bytes)
+    }
+
+    /// Whether [`OutputReader::next`] would give bytes or the end.
+    pub fn is_ready(&self) -> bool {
+        !self.pending.is_empty() || self.job.is_done() || self.position < self.job.output_len(self.output)
+    }
+
+    /// The job it reads.
+    pub fn job(&self) -> &Arc<Job> {
+        &self.job
+    }
+
+    /// Bytes from an offset on, of a job that has ended; empty at the end.
+    ///
+    /// # Errors
+    /// As [`OutputReader::next`].
+    pub fn read_at(&mut self, offset: u64, max: usize) -> Result<Vec<u8>, MachineError> {
+        if offset < self.position {
+            *self = OutputReader { log: self.log.take(), ..self.job.reader(self.output) };
+        }
+        while self.position < offset {
+            let skip = (offset - self.position).min(1 << 20) as usize;
+            if !matches!(self.next(skip)?, Chunk::Data(_)) {
+                return Ok(Vec::new());
+            }
+        }
+        let mut found = Vec::new();
+        while found.len() < max {
+            match self.next(max - found.len())? {
+                Chunk::Data(bytes) if found.is_empty() => found = bytes,
+                Chunk::Data(bytes) => found.extend_from_slice(&bytes),
+                Chunk::Pending | Chunk::End => break,
+            }
+        }
+        Ok(found)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use machinefs_protocol::job::{Source, record_header};
+
+    fn record(source: Source, bytes: &[u8]) -> Vec<u8> {
+        [&record_header(source, bytes.len())[..], bytes].concat()
+    }
+
+    fn ended(code: u8) -> Phase {
+        let reason = ExitReason::Code(code);
+        Phase::Ended(JobEnd { reason, log_end: 0, cpu_micros: 0, max_rss_kib: 0, ended_ms: 1 })
+    }
+
+    #[test]
+    fn readers_see_the_output_from_the_first_byte_then_wait_then_end() {
+        let dir = tempfile::tempdir().unwrap();
+        let job = Arc::new(Job::new(1, 0, dir.path(), 1 << 20));
+        let mut early = job.reader(Output::All);
+        assert_eq!(early.next(10).unwrap(), Chunk::Pending);
+        job.append(&record(Source::Stdout, b"out\0")).unwrap();
+        job.append(&record(Source::Stderr, b"\xfferr")).unwrap();
+        assert_eq!(early.next(100).unwrap(), Chunk::Data(b"out\0\xfferr".to_vec()));
+        assert_eq!(early.next(100).unwrap(), Chunk::Pending);
+        job.set_phase(ended(3));
+        assert_eq!(early.next(100).unwrap(), Chunk::End);
+        job.save_log().unwrap();
+        let mut late = job.reader(Output::Stderr);
+        assert_eq!(late.read_at(1, 2).unwrap(), b"er");
+        assert_eq!(late.read_at(0, 100).unwrap(), b"\xfferr");
+        assert_eq!(job.output_len(Output::Stdout), 4);
+        assert_eq!(job.exit().unwrap().unwrap(), 3);
+    }
+
+    #[test]
+    fn a_finished_job_is_the_same_after_a_restart() {
+        let dir = tempfile::tempdir().unwrap();
+        let job = Arc::new(Job::new(7, 1000, dir.path(), 8192));
+        job.set_command(b"make\n".to_vec());
+        for _ in 0..100 {
+            job.append(&record(Source::Stdout, &[b'x'; 1000])).unwrap();
+        }
+        job.set_phase(ended(0));
+        job.save_log().unwrap();
+        let all = job.reader(Output::All).read_at(0, 1 << 20).unwrap();
+        assert_eq!(all.len() as u64, job.output_len(Output::All));
+        assert!(String::from_utf8_lossy(&all).contains("bytes were not kept"));
+        let again = Arc::new(Job::load(job.row(), dir.path(), 8192));
+        assert_eq!(again.reader(Output::All).read_at(0, 1 << 20).unwrap(), all);
+        assert_eq!(again.output_len(Output::All), all.len() as u64);
+        assert_eq!(again.history_line(), job.history_line());
+    }
+}

@@ -1,0 +1,3 @@
+//! The tree: what is in `/sandboxes`, independent of FUSE or 9P.
+
+pub mod ops;

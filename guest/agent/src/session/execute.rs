@@ -1,0 +1,147 @@
+//! Executing one request.
+
+use super::connection::{Connection, Work};
+use super::requests::InFlight;
+use crate::files::Cancelled;
+use crate::jobs::{JobError, Kill};
+use machinefs_protocol::frame::{Kind, decode_meta, encode_meta};
+use machinefs_protocol::message::{Failure, Reply, Request};
+use std::time::Duration;
+
+/// An answer: a message and a body.
+type Answer = Result<(Reply, Vec<u8>), Failure>;
+
+/// A failure of that errno and text.
+pub fn failure(errno: i32, message: impl Into<String>) -> Failure {
+    Failure { errno, message: message.into() }
+}
+
+impl From<JobError> for Failure {
+    fn from(error: JobError) -> Failure {
+        Failure { errno: error.errno(), message: error.to_string() }
+    }
+}
+
+impl Connection {
+    /// Executes a request on this thread and answers it.
+    pub(super) fn execute(&self, work: &Work) {
+        work.state.begin();
+        let late = work.deadline_ms > 0 && work.arrived.elapsed() >= Duration::from_millis(u64::from(work.deadline_ms));
+        let request = match decode_meta::<Request>(&work.meta) {
+            Ok(request) => request,
+            Err(error) => {
+                work.state.finish();
+                self.requests.remove(work.tag);
+                return self.malformed(&error);
+            }
+        };
+        let answer = if work.state.is_cancelled() {
+            Err(failure(libc::EINTR, ""))
+        } else if late {
+            Err(failure(libc::ETIMEDOUT, ""))
+        } else {
+            self.perform(&request, &work.body, work.tag, &work.state)
+        };
+        work.state.finish();
+        self.requests.remove(work.tag);
+        self.answer(work.tag, &answer);
+        self.afterwards(&request, work.tag, answer.is_ok());
+    }
+
+    fn perform(&self, request: &Request<'_>, body: &[u8], tag: u64, state: &InFlight) -> Answer {
+        let jobs = self.server.jobs();
+        let plain = |reply| Ok((reply, Vec::new()));
+        match request {
+            Request::Ping => plain(Reply::Ok),
+            Request::File(request) => match self.server.files().handle(request, body, state) {
+                Ok((reply, body)) => Ok((Reply::File(reply), body)),
+                Err(error) => Err(error.into()),
+            },
+            Request::JobStart { job, spec } => {
+                self.streams.hold(*job);
+                let stdin = if spec.stdin { self.server.stdin_of(tag, true) } else { None };
+                let stdin = stdin.map(|stdin| (tag, stdin));
+                let (pid, started_ms) = jobs.start(*job, spec, body, stdin)?;
+                plain(Reply::Started { pid, started_ms })
+            }
+            Request::JobAttach { job, offset } => {
+                let job = jobs.get(*job)?;
+                job.cursor_at(*offset)?;
+                plain(Reply::Ok)
+            }
+            Request::JobSignal { job, signal, all } => {
+                jobs.signal(*job, *signal, if *all { Kill::Descendants } else { Kill::Group })?;
+                plain(Reply::Ok)
+            }
+            Request::JobList => plain(Reply::Jobs(jobs.list())),
+            Request::JobForget { job } => {
+                jobs.forget(*job)?;
+                plain(Reply::Ok)
+            }
+            Request::Info => plain(Reply::Info(crate::info::gather(&self.server))),
+            Request::Shutdown { .. } => plain(Reply::Ok),
+            Request::SetClock { unix_nanos } => {
+                set_clock(*unix_nanos)?;
+                plain(Reply::Ok)
+            }
+            Request::ReadLog => Ok((Reply::Data, crate::log::kept())),
+        }
+    }
+
+    /// What has to come after the answer.
+    fn afterwards(&self, request: &Request<'_>, tag: u64, succeeded: bool) {
+        match request {
+            Request::JobStart { job, spec } => {
+                self.streams.release(*job);
+                if !succeeded || !spec.stdin {
+                    self.server.drop_stdin(tag);
+                }
+            }
+            Request::JobAttach { job, offset } if succeeded => {
+                // Either may be gone by now: the job forgotten, or the offset's record dropped (then a gap follows).
+                if let Ok(job) = self.server.jobs().get(*job)
+                    && let Ok(cursor) = job.cursor_at(*offset)
+                {
+                    self.streams.attach(tag, job, cursor);
+                }
+            }
+            Request::Shutdown { grace_ms } if succeeded => {
+                self.server.shutdown(Duration::from_millis(u64::from(*grace_ms)));
+            }
+            _ => {}
+        }
+    }
+
+    /// Writes an answer. A stream that fails is closed.
+    pub(super) fn answer(&self, tag: u64, answer: &Answer) {
+        let mut meta = Vec::with_capacity(128);
+        let encoded = match answer {
+            Ok((reply, _)) => encode_meta(reply, &mut meta).map(|_| Kind::Reply),
+            Err(failure) => encode_meta(failure, &mut meta).map(|_| Kind::Error),
+        };
+        let kind = encoded.unwrap_or_else(|error| {
+            // A list of jobs too long for one message, or a message too long for its frame.
+            let failure = failure(libc::EOVERFLOW, error.to_string());
+            if encode_meta(&failure, &mut meta).is_err() {
+                meta.clear();
+            }
+            Kind::Error
+        });
+        let body = match answer {
+            Ok((_, body)) if kind == Kind::Reply => body.as_slice(),
+            _ => &[],
+        };
+        if self.writer.send_with_body(kind, tag, &meta, body).is_err() {
+            self.close();
+        }
+    }
+}
+
+fn set_clock(unix_nanos: u64) -> Result<(), Failure> {
+    let time = rustix::time::Timespec {
+        tv_sec: (unix_nanos / 1_000_000_000) as i64,
+        tv_nsec: (unix_nanos % 1_000_000_000) as i64,
+    };
+    rustix::time::clock_settime(rustix::time::ClockId::Realtime, time)
+        .map_err(|errno| failure(errno.raw_os_error(), "setting the clock"))
+}

@@ -1,0 +1,16 @@
+//! One connection of the host: frames in and out, requests side by side, streams of output.
+
+mod connection;
+mod execute;
+mod frames;
+mod requests;
+mod stdin;
+mod streams;
+mod writer;
+
+pub use connection::Connection;
+pub use frames::FrameReader;
+pub use requests::Interrupter;
+pub use stdin::{Stdin, StdinState};
+pub use streams::Streams;
+pub use writer::Writer;

@@ -1,0 +1,275 @@
+//! Streams of job output on one connection, fed by one thread of their own: neither a job nor another request waits
+//! for a slow reader.
+
+use super::Writer;
+use crate::jobs::Job;
+use machinefs_protocol::frame::{Kind, MAX_DATA, encode_meta};
+use machinefs_protocol::job::{INITIAL_CREDIT, JobEnd};
+use machinefs_protocol::joblog::{Cursor, LogError};
+use machinefs_protocol::message::{Credit, Event, Failure};
+use parking_lot::{Condvar, Mutex};
+use std::collections::{HashMap, VecDeque};
+use std::io;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// The streams of one connection.
+#[derive(Debug, Default)]
+pub struct Streams {
+    table: Mutex<Table>,
+    wake: Condvar,
+    idle: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct Table {
+    streams: HashMap<u64, Stream>,
+    by_job: HashMap<u64, Vec<u64>>,
+    /// Tags of streams that may have something to send.
+    ready: VecDeque<u64>,
+    /// Ends of jobs to be told.
+    events: VecDeque<(u64, JobEnd)>,
+    /// Jobs whose start is not answered yet, and their ends if they have ended meanwhile.
+    held: HashMap<u64, Option<JobEnd>>,
+    /// Credit to give to the host for what jobs have read, by tag.
+    credits: HashMap<u64, u64>,
+    sending: bool,
+    closed: bool,
+}
+
+#[derive(Debug)]
+struct Stream {
+    job: Arc<Job>,
+    cursor: Cursor,
+    credit: u64,
+    queued: bool,
+}
+
+/// What the thread does next.
+enum Step {
+    Credit(u64, u64),
+    Event(u64, JobEnd),
+    Stream { tag: u64, job: Arc<Job>, cursor: Cursor, credit: u64 },
+}
+
+impl Table {
+    fn queue(&mut self, tag: u64) {
+        if let Some(stream) = self.streams.get_mut(&tag)
+            && !stream.queued
+        {
+            stream.queued = true;
+            self.ready.push_back(tag);
+        }
+    }
+
+    fn queue_job(&mut self, job: u64) -> bool {
+        let tags = self.by_job.get(&job).cloned().unwrap_or_default();
+        for tag in &tags {
+            self.queue(*tag);
+        }
+        !tags.is_empty()
+    }
+
+    fn remove(&mut self, tag: u64) {
+        let Some(stream) = self.streams.remove(&tag) else { return };
+        let job = stream.job.number();
+        if let Some(tags) = self.by_job.get_mut(&job) {
+            tags.retain(|other| *other != tag);
+            if tags.is_empty() {
+                self.by_job.remove(&job);
+            }
+        }
+    }
+
+    fn ended(&mut self, job: u64, end: JobEnd) {
+        if let Some(held) = self.held.get_mut(&job) {
+            *held = Some(end);
+        } else if !self.queue_job(job) {
+            self.events.push_back((job, end));
+        }
+    }
+
+    fn next(&mut self) -> Option<Step> {
+        if let Some(tag) = self.credits.keys().next().copied() {
+            return self.credits.remove(&tag).map(|bytes| Step::Credit(tag, bytes));
+        }
+        if let Some((job, end)) = self.events.pop_front() {
+            return Some(Step::Event(job, end));
+        }
+        while let Some(tag) = self.ready.pop_front() {
+            if let Some(stream) = self.streams.get_mut(&tag) {
+                stream.queued = false;
+                let Stream { job, cursor, credit, .. } = stream;
+                return Some(Step::Stream { tag, job: job.clone(), cursor: *cursor, credit: *credit });
+            }
+        }
+        None
+    }
+}
+
+impl Streams {
+    /// Starts a stream of that job's log. `false` when the tag is taken.
+    pub fn attach(&self, tag: u64, job: Arc<Job>, cursor: Cursor) -> bool {
+        let mut table = self.table.lock();
+        if table.streams.contains_key(&tag) {
+            return false;
+        }
+        table.by_job.entry(job.number()).or_default().push(tag);
+        table.streams.insert(tag, Stream { job, cursor, credit: INITIAL_CREDIT, queued: false });
+        table.queue(tag);
+        self.wake.notify_one();
+        true
+    }
+
+    /// The host gave credit.
+    pub fn credit(&self, tag: u64, bytes: u64) {
+        let mut table = self.table.lock();
+        if let Some(stream) = table.streams.get_mut(&tag) {
+            stream.credit = stream.credit.saturating_add(bytes);
+            table.queue(tag);
+            self.wake.notify_one();
+        }
+    }
+
+    /// Gives the host credit.
+    pub fn give(&self, tag: u64, bytes: u64) {
+        let mut table = self.table.lock();
+        if bytes > 0 && !table.closed {
+            *table.credits.entry(tag).or_default() += bytes;
+            self.wake.notify_one();
+        }
+    }
+
+    /// The host ends a stream.
+    pub fn detach(&self, tag: u64) {
+        self.table.lock().remove(tag);
+    }
+
+    /// The job has new output.
+    pub fn output(&self, job: u64) {
+        let mut table = self.table.lock();
+        if table.queue_job(job) {
+            self.wake.notify_one();
+        }
+    }
+
+    /// The job ended; its log is complete.
+    pub fn ended(&self, job: u64, end: JobEnd) {
+        let mut table = self.table.lock();
+        if !table.closed {
+            table.ended(job, end);
+            self.wake.notify_one();
+        }
+    }
+
+    /// Keeps the job's end back until [`Streams::release`], so that the answer to its start comes first.
+    pub fn hold(&self, job: u64) {
+        self.table.lock().held.insert(job, None);
+    }
+
+    /// See [`Streams::hold`].
+    pub fn release(&self, job: u64) {
+        let mut table = self.table.lock();
+        if let Some(Some(end)) = table.held.remove(&job) {
+            table.ended(job, end);
+            self.wake.notify_one();
+        }
+    }
+
+    /// The job is forgotten: its streams end without a word.
+    pub fn forget(&self, job: u64) {
+        let mut table = self.table.lock();
+        for tag in table.by_job.remove(&job).unwrap_or_default() {
+            table.streams.remove(&tag);
+        }
+    }
+
+    /// Ends the thread.
+    pub fn close(&self) {
+        let mut table = self.table.lock();
+        *table = Table { closed: true, ..Table::default() };
+        self.wake.notify_all();
+    }
+
+    /// Waits until all there is to send was sent, or the time is over. Streams without credit do not count.
+    pub fn flush(&self, patience: Duration) {
+        let until = Instant::now() + patience;
+        let mut table = self.table.lock();
+        let busy = |table: &mut Table| {
+            !table.closed
+                && (table.sending || !(table.credits.is_empty() && table.events.is_empty() && table.ready.is_empty()))
+        };
+        self.idle.wait_while_until(&mut table, busy, until);
+    }
+
+    /// The thread's body: ends with the connection.
+    pub fn run(&self, writer: &Writer) -> io::Result<()> {
+        let mut table = self.table.lock();
+        loop {
+            if table.closed {
+                return Ok(());
+            }
+            table.sending = true;
+            let Some(step) = table.next() else {
+                table.sending = false;
+                self.idle.notify_all();
+                self.wake.wait(&mut table);
+                continue;
+            };
+            drop(table);
+            self.perform(step, writer)?;
+            table = self.table.lock();
+        }
+    }
+
+    fn perform(&self, step: Step, writer: &Writer) -> io::Result<()> {
+        let mut meta = Vec::new();
+        match step {
+            Step::Credit(tag, bytes) => {
+                encode_meta(&Credit { bytes }, &mut meta).map_err(io::Error::other)?;
+                writer.send(Kind::Credit, 0, tag, &meta, &[])
+            }
+            Step::Event(job, end) => {
+                encode_meta(&Event::JobEnded { job, end }, &mut meta).map_err(io::Error::other)?;
+                writer.send(Kind::Event, 0, 0, &meta, &[])
+            }
+            Step::Stream { tag, job, mut cursor, credit } => {
+                // Asked before the log is read: an ended job's log does not grow.
+                let end = job.end();
+                let max = usize::try_from(credit).unwrap_or(usize::MAX).min(MAX_DATA);
+                let records = match job.read_records(&mut cursor, max) {
+                    Ok(records) => records,
+                    Err(error) => return self.fail(tag, &error, writer),
+                };
+                if !records.is_empty() {
+                    writer.send(Kind::Data, 0, tag, &[], &records)?;
+                }
+                let mut table = self.table.lock();
+                let Some(stream) = table.streams.get_mut(&tag) else { return Ok(()) };
+                stream.cursor = cursor;
+                stream.credit = stream.credit.saturating_sub(records.len() as u64);
+                if !records.is_empty() {
+                    table.queue(tag);
+                } else if let Some(end) = end
+                    && cursor.offset() >= end.log_end
+                {
+                    table.remove(tag);
+                    if !table.by_job.contains_key(&job.number()) {
+                        table.ended(job.number(), end);
+                    }
+                }
+                Ok(())
+            }
+        }
+    }
+
+    /// A log that cannot be read ends its stream with an error under its tag.
+    fn fail(&self, tag: u64, error: &LogError, writer: &Writer) -> io::Result<()> {
+        self.table.lock().remove(tag);
+        crate::log::line(format_args!("stream {tag}: {error}"));
+        let mut meta = Vec::new();
+        let failure = Failure { errno: libc::EIO, message: error.to_string() };
+        encode_meta(&failure, &mut meta).map_err(io::Error::other)?;
+        writer.send(Kind::Error, 0, tag, &meta, &[])
+    }
+}
