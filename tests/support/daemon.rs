@@ -29,6 +29,9 @@ pub struct Daemon {
     names: AtomicUsize,
 }
 
+/// The daemon, and the agent it finds beside itself.
+const PROGRAMS: [&str; 2] = ["machinefs", "machinefs-agent"];
+
 /// Where `scripts/build` puts the binaries, unless `MACHINEFS_BIN` names the daemon's.
 fn binary() -> PathBuf {
     if let Some(path) = std::env::var_os("MACHINEFS_BIN") {
@@ -49,6 +52,9 @@ impl Daemon {
     /// The same with more arguments, which may refer to the daemon's directory (it exists, with `bin/` in it).
     pub fn start_with(user: User, arguments: impl FnOnce(&Path) -> Vec<String>) -> Daemon {
         let identity = user.identity().unwrap_or_else(|reason| panic!("{reason}"));
+        for source in PROGRAMS.map(|name| binary().with_file_name(name)) {
+            assert!(source.exists(), "{} is missing: run scripts/build", source.display());
+        }
         let parent = std::env::var_os("TMPDIR").unwrap_or_else(|| "/var/tmp".into());
         let base = tempfile::Builder::new()
             .prefix("mfs-")
@@ -79,14 +85,8 @@ impl Daemon {
         self.give(&self.base)?;
         std::fs::set_permissions(self.base.join("run"), std::fs::Permissions::from_mode(0o700))?;
         // Copies, since the checkout may be where an ordinary user cannot go.
-        let from = binary();
-        for name in ["machinefs", "machinefs-agent"] {
-            let source = from.with_file_name(name);
-            if !source.exists() {
-                let message = format!("{} is missing: run scripts/build", source.display());
-                return Err(std::io::Error::new(std::io::ErrorKind::NotFound, message));
-            }
-            std::fs::copy(source, self.base.join("bin").join(name))?;
+        for name in PROGRAMS {
+            std::fs::copy(binary().with_file_name(name), self.base.join("bin").join(name))?;
         }
         Ok(())
     }

@@ -1,3 +1,85 @@
-//! The agent inside a machine: its parts, so that they can be tested without one.
+//! The agent inside a machinefs machine: process 1 in containers and VMs, or a plain process.
+//!
+//! It inherits a listening unix socket as descriptor [`machinefs_protocol::LISTEN_FD`], serves the host's daemon
+//! over it, runs the user's jobs and serves the guest's files.
 
 pub mod files;
+mod info;
+mod init;
+mod jobs;
+mod log;
+mod server;
+mod session;
+mod shutdown;
+mod system;
+
+use server::Server;
+use std::os::fd::{FromRawFd, OwnedFd};
+use std::os::unix::net::UnixListener;
+use std::process::ExitCode;
+
+const USAGE: &str = "usage: machinefs-agent init [--vm] | serve | --version";
+
+/// How the agent was started.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Mode {
+    /// As the machine's first process.
+    pub init: bool,
+    /// The machine is a VM: its end is a power-off.
+    pub vm: bool,
+}
+
+/// The program: reads its arguments, serves until the machine ends.
+pub fn main() -> ExitCode {
+    let args: Vec<std::ffi::OsString> = std::env::args_os().skip(1).collect();
+    let args: Vec<&[u8]> = args.iter().map(|arg| std::os::unix::ffi::OsStrExt::as_bytes(arg.as_os_str())).collect();
+    let mode = match args.as_slice() {
+        [b"init"] => Mode { init: true, vm: false },
+        [b"init", b"--vm"] => Mode { init: true, vm: true },
+        [b"serve"] => Mode { init: false, vm: false },
+        [b"--version"] => {
+            println!("machinefs-agent {}", env!("CARGO_PKG_VERSION"));
+            return ExitCode::SUCCESS;
+        }
+        _ => {
+            eprintln!("{USAGE}");
+            return ExitCode::from(2);
+        }
+    };
+    match run(mode) {
+        Ok(never) => match never {},
+        Err(error) => {
+            log::line(format_args!("cannot start: {error}"));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(mode: Mode) -> std::io::Result<std::convert::Infallible> {
+    let listener = listener()?;
+    system::prepare()?;
+    if mode.init {
+        init::bring_up();
+    }
+    let server = Server::start(mode)?;
+    log::line(format_args!("agent {} serves, process {}", env!("CARGO_PKG_VERSION"), std::process::id()));
+    server.accept(&listener)
+}
+
+/// The inherited socket, kept from the jobs.
+fn listener() -> std::io::Result<UnixListener> {
+    let fd = machinefs_protocol::LISTEN_FD;
+    // SAFETY: F_SETFD takes no pointer; a descriptor that is not open gives EBADF.
+    if unsafe { libc::fcntl(fd, libc::F_SETFD, libc::FD_CLOEXEC) } < 0 {
+        let error = std::io::Error::last_os_error();
+        return Err(std::io::Error::new(error.kind(), format!("no listening socket as descriptor {fd}: {error}")));
+    }
+    // SAFETY: the descriptor is open, as checked, and by the contract of LISTEN_FD it is ours alone.
+    let socket = unsafe { OwnedFd::from_raw_fd(fd) };
+    let listener = UnixListener::from(socket);
+    if !rustix::net::sockopt::socket_acceptconn(&listener)? {
+        return Err(std::io::Error::other(format!("descriptor {fd} does not listen")));
+    }
+    listener.set_nonblocking(false)?;
+    Ok(listener)
+}

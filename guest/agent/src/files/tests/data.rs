@@ -237,11 +237,10 @@ fn copies_stay_inside() {
 /// Between file systems, and from files whose size says nothing.
 #[test]
 fn copies_by_hand() {
-    let _shared = DESCRIPTORS.read_recursive();
     let dir = tempfile::tempdir().unwrap();
     let mut big = std::fs::File::create(dir.path().join("big")).unwrap();
     big.write_all(&vec![7; 3 << 20]).unwrap();
-    let guest = Guest { service: FileService::new(open_root(Path::new("/"))).unwrap(), dir, _shared: None };
+    let guest = Guest { service: FileService::new(open_root(Path::new("/"))).unwrap(), dir };
     let walk = |path: &Path| {
         let names = path.components().skip(1);
         names.fold(ROOT, |node, name| guest.lookup(node, name.as_os_str().as_encoded_bytes()).unwrap().node)

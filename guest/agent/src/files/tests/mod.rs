@@ -10,7 +10,6 @@ mod ownership;
 
 use super::*;
 use machinefs_protocol::file::{Attr, DirEntry, DirPage, Entry, Owner, ROOT, SetAttr};
-use parking_lot::{RwLock, RwLockReadGuard};
 use std::path::{Path, PathBuf};
 use tempfile::TempDir;
 
@@ -31,14 +30,10 @@ impl Cancelled for Never {
     }
 }
 
-/// Tests that count the descriptors of the process exclude the others, which share it.
-static DESCRIPTORS: RwLock<()> = RwLock::new(());
-
 /// A service on a temporary directory.
 struct Guest {
     service: FileService,
     dir: TempDir,
-    _shared: Option<RwLockReadGuard<'static, ()>>,
 }
 
 fn errno<T: std::fmt::Debug>(result: Result<T, FileError>) -> Errno {
@@ -51,20 +46,18 @@ fn open_root(path: &Path) -> OwnedFd {
 
 impl Guest {
     fn new() -> Guest {
-        let shared = DESCRIPTORS.read_recursive();
         let dir = tempfile::tempdir().unwrap();
         let service = FileService::new(open_root(dir.path())).unwrap();
-        Guest { service, dir, _shared: Some(shared) }
+        Guest { service, dir }
     }
 
     /// As in a user namespace: nothing can be opened by handle.
     fn without_handles(max_cached: usize) -> Guest {
-        let shared = DESCRIPTORS.read_recursive();
         let dir = tempfile::tempdir().unwrap();
         let service = FileService::with_limits(open_root(dir.path()), max_cached, 1000).unwrap();
         service.dirs_by_handle.store(false, std::sync::atomic::Ordering::Relaxed);
         service.files_by_handle.store(false, std::sync::atomic::Ordering::Relaxed);
-        Guest { service, dir, _shared: Some(shared) }
+        Guest { service, dir }
     }
 
     fn path(&self, name: &str) -> PathBuf {
