@@ -12,12 +12,14 @@ use std::path::{Path, PathBuf};
 
 const RECORD: &str = "root.json";
 
-/// Writes a file whole or not at all.
-pub(super) fn write_whole(path: &Path, content: &[u8]) -> io::Result<()> {
+/// Writes a file whole or not at all. `durable`: also when the host itself crashes, which takes a flush of its disk.
+pub(super) fn write_whole(path: &Path, content: &[u8], durable: bool) -> io::Result<()> {
     let part = path.with_extension("part");
     let mut file = fs::File::create(&part)?;
     file.write_all(content)?;
-    file.sync_data()?;
+    if durable {
+        file.sync_data()?;
+    }
     fs::rename(&part, path)
 }
 
@@ -59,11 +61,12 @@ pub(super) fn prepare(spec: &MachineSpec, images: &Store, base: Option<u32>) -> 
         let before = old.as_ref().and_then(|o| o.trees.iter().find(|t| t.name == tree.name));
         make(spec, tree, base).map_err(failed("making"))?;
         if let Some(before) = before.filter(|b| b.lower != tree.lower) {
-            rebase(&dir.join("upper").join(&tree.name), &before.lower, &tree.lower).map_err(failed("changing"))?;
+            let (upper, index) = (dir.join("upper").join(&tree.name), dir.join("work").join(&tree.name).join("index"));
+            rebase(&upper, &index, &before.lower, &tree.lower).map_err(failed("changing"))?;
         }
     }
     let text = serde_json::to_vec(&root).map_err(|e| failed("recording")(e.into()))?;
-    write_whole(&dir.join(RECORD), &text).map_err(failed("recording"))?;
+    write_whole(&dir.join(RECORD), &text, true).map_err(failed("recording"))?;
     Ok(root)
 }
 
@@ -103,11 +106,11 @@ fn make(spec: &MachineSpec, tree: &Tree, base: Option<u32>) -> io::Result<()> {
     fs::rename(part, upper)
 }
 
-/// Lets an upper directory accept other layers below. Overlay remembers for each directory in it which one it was
-/// copied from, and with nfs_export=on does not merge it with another; a directory without that memory it takes as it
-/// is. Only directories that one of the layers (all but the last: the mask) has of its own are concerned. The machine
-/// does not run now.
-fn rebase(upper: &Path, before: &[PathBuf], after: &[PathBuf]) -> io::Result<()> {
+/// Lets an upper directory accept other layers below. With nfs_export=on overlay remembers for each directory which one
+/// it was copied from (an attribute, and an entry of that name in its index), and merges it with no other; a directory
+/// without that memory it takes as it is. Only directories that one of the layers (all but the last: the mask) has of
+/// its own are concerned. The machine does not run now.
+fn rebase(upper: &Path, index: &Path, before: &[PathBuf], after: &[PathBuf]) -> io::Result<()> {
     let mut concerned = BTreeSet::from([PathBuf::new()]);
     for layer in [before, after].iter().flat_map(|l| l.split_last().map_or(&[][..], |(_, rest)| rest)) {
         let mut queue = vec![PathBuf::new()];
@@ -123,18 +126,28 @@ fn rebase(upper: &Path, before: &[PathBuf], after: &[PathBuf]) -> io::Result<()>
         }
     }
     for below in concerned {
-        let dir = upper.join(&below);
         // The guest's link must not lead us elsewhere: every component has to be a directory of the upper one.
-        let real = below.ancestors().all(|a| fs::symlink_metadata(upper.join(a)).is_ok_and(|m| m.is_dir()));
-        for name in ["trusted.overlay.origin", "user.overlay.origin"] {
-            match rustix::fs::lremovexattr(&dir, name) {
-                Err(e) if real && !matches!(e, rustix::io::Errno::NODATA | rustix::io::Errno::PERM) => {
-                    return Err(e.into());
-                }
-                _ if !real => break,
-                _ => {}
-            }
+        if below.ancestors().all(|a| fs::symlink_metadata(upper.join(a)).is_ok_and(|m| m.is_dir())) {
+            forget_origin(&upper.join(below), index)?;
         }
+    }
+    Ok(())
+}
+
+fn forget_origin(dir: &Path, index: &Path) -> io::Result<()> {
+    for name in ["trusted.overlay.origin", "user.overlay.origin"] {
+        let mut origin = vec![0; 256];
+        match rustix::fs::lgetxattr(dir, name, &mut origin[..]) {
+            Ok(length) => origin.truncate(length),
+            Err(rustix::io::Errno::NODATA | rustix::io::Errno::PERM) => continue,
+            Err(e) => return Err(e.into()),
+        }
+        let entry: String = origin.iter().map(|byte| format!("{byte:02x}")).collect();
+        match fs::remove_dir(index.join(entry)) {
+            Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
+            _ => {}
+        }
+        rustix::fs::lremovexattr(dir, name)?;
     }
     Ok(())
 }

@@ -238,7 +238,8 @@ impl Inner {
         facts.extend(base.map(|b| ("uid_range".to_owned(), format!("{b}+{}", userns::RANGE))));
         let record = Record { init, warnings: warnings.iter().map(|w| w.0.clone()).collect(), facts };
         let text = serde_json::to_vec(&record).map_err(|e| failed()(e.into()))?;
-        disk::write_whole(&spec.dir.join(RUN), &text).map_err(failed())?;
+        // No process outlives a crash of the host.
+        disk::write_whole(&spec.dir.join(RUN), &text, false).map_err(failed())?;
         Ok(Some(Running { pid, pidfd, warnings, facts: record.facts }))
     }
 
@@ -327,8 +328,11 @@ impl Inner {
         for at in self.fuse_mounts()? {
             stage.detach(&at)?;
         }
-        if let Some(v2) = self.cgroups.to_detach() {
-            stage.detach(v2)?;
+        match (self.cgroups.to_detach(), &self.maps) {
+            (Some(v2), None) => stage.detach(v2)?,
+            // No control group is made here; the runtime has to see no hybrid layout, that is all.
+            (Some(_), Some(_)) => stage.cover(Path::new("/sys/fs/cgroup"))?,
+            (None, _) => {}
         }
         stage.enter(&spec.dir)?;
         for tree in &root.trees {

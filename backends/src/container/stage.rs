@@ -64,6 +64,7 @@ enum Step {
     User { ready: RawFd, go: RawFd },
     MountNamespace,
     Detach(CString),
+    Cover(CString),
     Enter(CString),
     Attach { source: CString, target: CString, userns: Option<RawFd> },
     Overlay(Box<Overlay>),
@@ -100,6 +101,11 @@ impl Stage {
     /// Takes a mount off; it is no error when there is none.
     pub(super) fn detach(&mut self, at: &Path) -> io::Result<()> {
         self.add(Step::Detach(c(at)?), format!("detaching {}", at.display()))
+    }
+
+    /// Puts an empty tmpfs over a directory: what a user namespace may not unmount it can still hide.
+    pub(super) fn cover(&mut self, at: &Path) -> io::Result<()> {
+        self.add(Step::Cover(c(at)?), format!("covering {}", at.display()))
     }
 
     /// Makes `dir` the working directory.
@@ -227,6 +233,12 @@ impl Step {
                     Err(e) if !matches!(e.raw_os_error(), Some(libc::EINVAL | libc::ENOENT)) => Err(e),
                     _ => Ok(()),
                 }
+            }
+            Self::Cover(at) => {
+                let (tmpfs, options) = (c"tmpfs".as_ptr(), c"mode=755,size=4k".as_ptr().cast());
+                let flags = libc::MS_NOSUID | libc::MS_NODEV | libc::MS_NOEXEC;
+                // SAFETY: a system call with strings that live.
+                check(unsafe { libc::mount(tmpfs, at.as_ptr(), tmpfs, flags, options) }.into()).map(drop)
             }
             // SAFETY: a system call with a string that lives.
             Self::Enter(dir) => check(unsafe { libc::chdir(dir.as_ptr()) }.into()).map(drop),

@@ -27,8 +27,7 @@ pub(super) fn unpacked(archive: &Path, cache: &Path) -> io::Result<(PathBuf, Str
         lock.lock()?;
         if !root.exists() {
             file.rewind()?;
-            unpack_into(&file, cache, &root)
-                .map_err(|e| io::Error::new(e.kind(), format!("cannot be unpacked: {e}")))?;
+            unpack_into(&file, cache, &root)?;
         }
     }
     Ok((root, digest.replacen('-', ":", 1)))
@@ -92,8 +91,13 @@ fn unpack(stream: impl Read, into: &Path) -> io::Result<()> {
     let mut target = Target { root, owners: rustix::process::geteuid().is_root(), times: Vec::new() };
     let mut archive = Archive::new(stream);
     let mut any = false;
+    // The words of the crate quote what it read: in a file that is no tar, a piece of a file of the host.
+    let damaged = |e: io::Error| match e.raw_os_error() {
+        Some(_) => e,
+        None => io::Error::new(io::ErrorKind::InvalidData, "is no tar (plain, gzip or zstd), or a damaged one"),
+    };
     for entry in archive.entries()? {
-        let mut entry = entry?;
+        let mut entry = entry.map_err(damaged)?;
         let name = entry.path_bytes().into_owned();
         let in_member = |e: io::Error| io::Error::new(e.kind(), format!("{}: {e}", String::from_utf8_lossy(&name)));
         target.member(&mut entry, Path::new(OsStr::from_bytes(&name))).map_err(in_member)?;

@@ -1,12 +1,13 @@
 //! What makes, moves and removes: machines by their directories, jobs by theirs, nothing else.
 
-use super::ghost::Ghosts;
 use super::node::Kind;
-use super::ops::{Answer, Caller, NodeId, ROOT, Responder};
+use super::ops::{Answer, Caller, NodeId, Op, ROOT, Responder};
 use super::place::{Map, Place};
 use super::root::check_free;
 use crate::errno::Errno;
 use crate::machine::Machine;
+use crate::machine::error::MachineError;
+use crate::machine::registry::Registry;
 use std::sync::Arc;
 
 /// mkdir(2).
@@ -18,6 +19,9 @@ pub fn mkdir(map: &Arc<Map>, caller: Caller, parent: &Place, name: &[u8], respon
         return responder.respond(Err(error.errno()));
     }
     let Ok(text) = std::str::from_utf8(name) else { return responder.respond(Err(Errno::EINVAL)) };
+    if names_template(text) {
+        return responder.respond(Err(Errno::ENOENT));
+    }
     map.ghosts.forget_claim(name, caller);
     let of_done = map.clone();
     map.registry.create(
@@ -31,6 +35,12 @@ pub fn mkdir(map: &Arc<Map>, caller: Caller, parent: &Place, name: &[u8], respon
             });
         }),
     );
+}
+
+/// Whether a name asks for a template, `TEMPLATE.rest`. There are none yet, so none is found.
+fn names_template(name: &str) -> bool {
+    let valid = |part: &str| Registry::valid_name(part.as_bytes());
+    name.split_once('.').is_some_and(|(template, rest)| valid(template) && valid(rest))
 }
 
 fn may_command(machine: &Machine, caller: Caller) -> Result<(), Errno> {
@@ -52,7 +62,7 @@ pub fn unlink(map: &Map, caller: Caller, parent: &Place, name: &[u8]) -> Result<
         Place::Machine(machine, Kind::Ctl) => {
             let called = machine.name();
             if let Err(error) = machine.destroy(caller) {
-                map.ghosts.refuse(caller);
+                map.ghosts.refuse(caller, machine.slot());
                 machine.record_error("unlink", error.errno(), &error.to_string(), "rm ctl");
                 return Err(error.errno());
             }
@@ -108,7 +118,7 @@ pub fn rename(
     };
     // Checked: a valid name is ASCII.
     let new_name = String::from_utf8_lossy(new_name).into_owned();
-    let done = Box::new(move |renamed: Result<(), crate::machine::error::MachineError>| {
+    let done = Box::new(move |renamed: Result<(), MachineError>| {
         responder.respond(renamed.map(|()| Answer::Ok).map_err(|error| error.errno()));
     });
     map.registry.rename(&machine, &new_name, done);
@@ -134,14 +144,18 @@ fn check_rename(
     if map.registry.get(new_name).is_some() || check_free(&map.ghosts, new_name).is_err() {
         return Err(if flags & libc::RENAME_NOREPLACE != 0 { Errno::EEXIST } else { Errno::EPERM });
     }
-    if !crate::machine::registry::Registry::valid_name(new_name) {
+    if !Registry::valid_name(new_name) {
         return Err(Errno::EINVAL);
     }
     Ok(machine)
 }
 
-/// Whether removing files in guests is refused to this process: see [`Ghosts::refuse`].
-pub fn is_refused(ghosts: &Ghosts, caller: Caller, op: &super::ops::Op<'_>) -> bool {
-    use super::ops::Op;
-    matches!(op, Op::Unlink { .. } | Op::RmDir { .. }) && ghosts.is_refused(caller)
+/// Whether removing this in a machine's files is refused to this process: see [`Ghosts::refuse`].
+///
+/// [`Ghosts::refuse`]: super::ghost::Ghosts::refuse
+pub fn is_refused(map: &Map, caller: Caller, slot: u32, op: &Op<'_>) -> bool {
+    let is_protected = |machine: Arc<Machine>| machine.config_get("protect").as_deref() == Some("yes");
+    matches!(op, Op::Unlink { .. } | Op::RmDir { .. })
+        && map.ghosts.is_refused(caller, slot)
+        && map.registry.by_slot(slot).is_some_and(is_protected)
 }

@@ -8,7 +8,7 @@
 //! the write itself gets it. Further writes fail in the same way until the writer's FLUSH.
 
 use super::ops::{Answer, Caller, Responder};
-use super::text::{Owner, Reason, is_full_buffer, slice};
+use super::text::{Owner, Reason, is_full_buffer, same, slice};
 use super::words::{self, MAX_LINE};
 use crate::errno::Errno;
 use crate::machine::error::MachineError;
@@ -131,10 +131,6 @@ impl CtlFile {
     fn carry_out(self: &Arc<Self>, caller: Caller, owner: Owner, lines: Vec<Line>, done: Finished) {
         Run { file: self.clone(), caller, owner, lines: lines.into_iter(), accepted: 0, done }.go_on();
     }
-}
-
-fn same(one: Owner, other: Owner) -> bool {
-    one.is_none() || other.is_none() || one == other
 }
 
 /// The usage lines of verbs, as comments: copying the file to itself does nothing.

@@ -83,6 +83,11 @@ impl ExecFile {
                 Err(error) => return Err(self.refuse(&mut writing, owner, error.errno(), &error.to_string(), data)),
             }
         }
+        // It may have gone down since the text began; errors must come from write.
+        if !self.machine.state().takes_jobs() {
+            let error = self.machine.down_error();
+            return Err(self.refuse(&mut writing, owner, error.errno(), &error.to_string(), data));
+        }
         if let Err(errno) = writing.text.push(owner, data) {
             let message = match errno {
                 Errno::E2BIG => "the script is longer than 16 MiB; nothing of it was run",

@@ -22,7 +22,7 @@ const KEPT: Duration = Duration::from_secs(60);
 /// Ghosts at most; the oldest go first.
 const MOST: usize = 10_000;
 
-/// How long after it was refused to destroy a machine a process may not remove files in guests.
+/// How long after it was refused to destroy a machine a process may not remove files in it.
 const REFUSED: Duration = Duration::from_secs(10);
 
 /// A destroyed machine.
@@ -61,7 +61,8 @@ pub struct Ghosts {
     by_slot: DashMap<u32, Arc<Ghost>>,
     /// How many there are: most of the time none, and then nothing is looked up.
     count: AtomicUsize,
-    refused: DashMap<u32, Instant>,
+    /// By process and slot.
+    refused: DashMap<(u32, u32), Instant>,
     refusals: AtomicUsize,
 }
 
@@ -130,18 +131,24 @@ impl Ghosts {
 
     /// Destroying a machine by unlinking its `ctl` was refused. If that was an `rm -r`, it goes on to `files/`, and
     /// would empty the disk of a protected machine: it must not.
-    pub fn refuse(&self, caller: Caller) {
+    pub fn refuse(&self, caller: Caller, slot: u32) {
         self.refused.retain(|_, since| since.elapsed() < REFUSED);
-        self.refused.insert(caller.pid, Instant::now());
+        self.refused.insert((caller.pid, slot), Instant::now());
         self.refusals.store(self.refused.len(), Ordering::Release);
     }
 
-    /// Whether this process is an `rm -r` that was refused; each question makes it so for a while longer.
-    pub fn is_refused(&self, caller: Caller) -> bool {
-        if self.refusals.load(Ordering::Acquire) == 0 {
+    /// Whether anybody was refused lately.
+    pub fn any_refused(&self) -> bool {
+        self.refusals.load(Ordering::Acquire) > 0
+    }
+
+    /// Whether this process is an `rm -r` of this machine that was refused; each question makes it so for a while
+    /// longer.
+    pub fn is_refused(&self, caller: Caller, slot: u32) -> bool {
+        if !self.any_refused() {
             return false;
         }
-        match self.refused.get_mut(&caller.pid) {
+        match self.refused.get_mut(&(caller.pid, slot)) {
             Some(mut since) if since.elapsed() < REFUSED => {
                 *since = Instant::now();
                 true

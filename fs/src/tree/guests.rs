@@ -85,6 +85,11 @@ impl Guests {
         Ok(files)
     }
 
+    /// The slot of the machine that a node is in.
+    pub fn slot_of(&self, node: NodeId) -> Option<u32> {
+        self.slots.get(&GuestFiles::epoch_of(node)).map(|slot| *slot)
+    }
+
     /// The files that a node is in.
     ///
     /// # Errors
@@ -94,8 +99,8 @@ impl Guests {
         if let Some(files) = self.registry.files_by_epoch(epoch) {
             return Ok(files);
         }
-        let slot = self.slots.get(&epoch).map(|slot| *slot);
-        let machine = slot.and_then(|slot| self.registry.by_slot(slot)).filter(|machine| !machine.is_destroyed());
+        let machine =
+            self.slot_of(node).and_then(|slot| self.registry.by_slot(slot)).filter(|machine| !machine.is_destroyed());
         Err(match machine {
             Some(machine) if machine.files().is_none() => machine.down_errno(),
             _ => Errno::ESTALE,

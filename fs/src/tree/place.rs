@@ -11,6 +11,7 @@ use crate::machine::config::{ConfigKey, KEYS};
 use crate::machine::job::Job;
 use crate::machine::registry::Registry;
 use dashmap::DashMap;
+use parking_lot::Mutex;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
@@ -65,10 +66,30 @@ pub struct Map {
     /// Destroyed machines that still show.
     pub ghosts: Arc<Ghosts>,
     /// Sizes of the last health texts, by slot.
-    pub health_sizes: DashMap<u32, u64>,
+    health_sizes: DashMap<u32, u64>,
+    /// How many machines there were when one last came or went: each walk into the root asks.
+    count: Mutex<Option<(SystemTime, usize)>>,
 }
 
 impl Map {
+    /// Of this service.
+    pub fn new(registry: Arc<Registry>) -> Map {
+        Map { registry, ghosts: Arc::default(), health_sizes: DashMap::new(), count: Mutex::new(None) }
+    }
+
+    fn machine_count(&self) -> usize {
+        let changed = self.registry.changed();
+        let mut known = self.count.lock();
+        match *known {
+            Some((then, count)) if then == changed => count,
+            _ => {
+                let count = self.registry.list().len();
+                *known = Some((changed, count));
+                count
+            }
+        }
+    }
+
     /// The place of a node.
     ///
     /// # Errors
@@ -132,6 +153,8 @@ impl Map {
                 libc::S_IFREG
             }
         };
+        // An rm that has a terminal asks before it removes what cannot be written: in a ghost there is nothing to ask.
+        let permissions = if matches!(place, Place::Ghost(..)) { permissions | 0o200 } else { permissions };
         let time = modified.into();
         Attr {
             ino: control.id(),
@@ -170,7 +193,7 @@ impl Map {
         }
         let fixed = table::entries(kind).filter(|(_, row)| row.kind.is_dir()).count();
         let (more, modified) = match place {
-            Place::Service(Kind::Root) => (self.registry.list().len(), self.registry.changed()),
+            Place::Service(Kind::Root) => (self.machine_count(), self.registry.changed()),
             Place::Service(_) => (0, self.registry.started()),
             Place::Machine(machine, Kind::Jobs) => (machine.jobs().list().len(), machine.jobs().changed()),
             Place::Machine(machine, Kind::Config) => (0, machine.config_changed()),

@@ -327,6 +327,19 @@ fn exec_on_a_stopped_machine() {
 }
 
 #[test]
+fn a_machine_that_stops_under_a_text() {
+    let fs = Fs::new();
+    let machine = fs.running("dev");
+    let file = fs.open("dev/exec", libc::O_WRONLY).unwrap();
+    file.write(A, "one").unwrap();
+    machine.set_state(State::Stopped);
+    assert_eq!(file.write(A, "two"), Err(Errno::EHOSTDOWN));
+    file.release().unwrap();
+    assert!(scripts(&machine).is_empty());
+    assert!(machine.jobs().newest().unwrap().is_done());
+}
+
+#[test]
 fn the_private_form() {
     let fs = Fs::new();
     let machine = fs.running("dev");
@@ -586,6 +599,7 @@ fn what_cannot_be_removed_or_made() {
         assert_eq!(fs.call(create).unwrap_err(), Errno::EPERM);
         assert_eq!(fs.call(Op::SymLink { parent, name: b"x", target: b"y" }).unwrap_err(), Errno::EPERM);
     }
+    assert_eq!(fs.mkdir("a.b").err(), Some(Errno::ENOENT));
     assert_eq!(fs.mkdir("a.b c").err(), Some(Errno::EINVAL));
     assert_eq!(fs.mkdir("README").err(), Some(Errno::EEXIST));
     let node = fs.node("dev/status");
@@ -595,12 +609,15 @@ fn what_cannot_be_removed_or_made() {
     assert_eq!(set(SetAttr { size: Some(0), mtime: Some(SetTime::Now), ..SetAttr::default() }), Ok(()));
     // A protected machine stays, and what rm -r would do next in its files is refused.
     machine.protect.store(true, SeqCst);
+    fs.echo("dev/config/protect", "yes").unwrap();
     *machine.files.lock() = Some(Arc::new(guest::GuestFiles::fake(7)));
     let files = fs.node("dev/files");
     fs.unlink_as(ME, files, "x").unwrap();
     assert_eq!(fs.unlink_as(ME, dir, "ctl"), Err(Errno::EPERM));
     assert_eq!(fs.unlink_as(ME, files, "x"), Err(Errno::EPERM));
     assert_eq!(fs.unlink_as(ME, fs.node("dev/files/etc"), "x"), Err(Errno::EPERM));
+    fs.echo("dev/config/protect", "no").unwrap();
+    fs.unlink_as(ME, files, "x").unwrap();
     fs.unlink_as(Caller { pid: 101, ..ME }, files, "x").unwrap();
     assert_eq!(fs.rmdir_as(ME, ROOT, "dev"), Err(Errno::EPERM));
 }

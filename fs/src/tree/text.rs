@@ -22,7 +22,8 @@ pub const MAX_PENDING: usize = 256 << 20;
 /// A lock owner, or `None` where the kernel did not say: that one stands for everybody.
 pub type Owner = Option<u64>;
 
-fn same(one: Owner, other: Owner) -> bool {
+/// Whether they are, or may be, the same.
+pub fn same(one: Owner, other: Owner) -> bool {
     one.is_none() || other.is_none() || one == other
 }
 
@@ -47,11 +48,6 @@ impl Text {
     /// That of the write that was refused.
     pub fn check(&self) -> Result<(), Errno> {
         self.refused.map_or(Ok(()), |(errno, _)| Err(errno))
-    }
-
-    /// Whether a text has begun.
-    pub fn is_pending(&self) -> bool {
-        self.pending.is_some()
     }
 
     /// The text so far.

@@ -3,6 +3,7 @@
 #![allow(dead_code, reason = "each test file uses its part")]
 
 pub mod fake;
+pub mod server;
 pub mod stream;
 
 use fake::Fake;
@@ -10,6 +11,7 @@ use machinefs::fuse::{self, MountOptions, Session};
 use std::ffi::CString;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
+use std::process::{ChildStdin, ChildStdout};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -116,6 +118,14 @@ impl Client {
     pub fn command(mut command: std::process::Command) -> Self {
         let child = command.spawn().unwrap();
         Client { pid: child.id() as i32, ended: None }
+    }
+
+    /// The same, with pipes to its input and from its output.
+    #[allow(clippy::zombie_processes, reason = "collected by try_wait")]
+    pub fn with_pipes(mut command: std::process::Command) -> (Self, ChildStdin, ChildStdout) {
+        let mut child = command.spawn().unwrap();
+        let (input, output) = (child.stdin.take().unwrap(), child.stdout.take().unwrap());
+        (Client { pid: child.id() as i32, ended: None }, input, output)
     }
 
     pub fn signal(&self, signal: i32) {

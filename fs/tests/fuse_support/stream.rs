@@ -19,6 +19,7 @@ struct State {
     wakers: Vec<Arc<dyn PollWaker>>,
     /// A read waits until this many bytes are there; those it has taken are its own.
     at_least: usize,
+    reads: usize,
 }
 
 /// A read that waits, with the bytes that it has already taken.
@@ -66,6 +67,11 @@ impl Stream {
         self.state.lock().waiting.len()
     }
 
+    /// Reads that have come, in all.
+    pub fn reads(&self) -> usize {
+        self.state.lock().reads
+    }
+
     pub fn pollers(&self) -> usize {
         self.state.lock().wakers.len()
     }
@@ -76,7 +82,7 @@ impl Stream {
     }
 
     fn advance(state: &mut State) {
-        let State { bytes, ended, waiting, wakers, at_least } = state;
+        let State { bytes, ended, waiting, wakers, at_least, .. } = state;
         waiting.retain(|reading| {
             let (taken, size, responder) = &mut *reading.state.lock();
             let count = (*size - taken.len()).min(bytes.len());
@@ -106,6 +112,7 @@ impl Stream {
                     return responder.respond(Err(Errno::EINTR));
                 }
                 reading.state.lock().2 = Some(responder);
+                state.reads += 1;
                 state.waiting.push(reading);
                 Self::advance(&mut state);
             }

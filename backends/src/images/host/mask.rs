@@ -1,6 +1,7 @@
 //! The layer above the host's trees that hides what a machine must not see: overlay's whiteouts, character devices
 //! 0:0 (Documentation/filesystems/overlayfs in the kernel's source).
 
+use super::scan::Scan;
 use super::seal;
 use crate::images::Tree;
 use rustix::fs::{CWD, FileType, Mode, mknodat};
@@ -15,8 +16,12 @@ use std::path::{Path, PathBuf};
 /// Attributes of a directory of the mask: an overlay shows those of its top layer.
 type Attributes = (u32, u32, u32);
 
-/// The trees `roots` under a mask that hides `hidden`, made in `dir` when it is not there yet.
-pub(super) fn trees(dir: &Path, roots: &[PathBuf], hidden: &BTreeSet<PathBuf>, user: bool) -> io::Result<Vec<Tree>> {
+/// The trees `roots` under a mask that hides what `scan` found, made in `dir` when it is not there yet.
+///
+/// `user`: for an ordinary user, who cannot map the owners of the host's files. Then the mask has every directory, as
+/// the user's own, who is root in the machine and so may add, replace and remove files everywhere.
+pub(super) fn trees(dir: &Path, roots: &[PathBuf], scan: &Scan, user: bool) -> io::Result<Vec<Tree>> {
+    let hidden = &scan.hidden;
     // What is in a hidden directory needs no whiteout of its own, and could not have one.
     let inner = |path: &PathBuf| path.ancestors().skip(1).any(|p| hidden.contains(p));
     let hidden = &hidden.iter().filter(|p| !inner(p)).cloned().collect::<BTreeSet<_>>();
@@ -28,6 +33,12 @@ pub(super) fn trees(dir: &Path, roots: &[PathBuf], hidden: &BTreeSet<PathBuf>, u
             {
                 dirs.insert(parent.to_owned(), (meta.mode() & 0o7777, meta.uid(), meta.gid()));
             }
+        }
+    }
+    let is_shown = |p: &&PathBuf| user && p.ancestors().all(|a| !hidden.contains(a));
+    for path in scan.directories().filter(is_shown) {
+        if let Ok(meta) = fs::symlink_metadata(path) {
+            dirs.insert(path.clone(), (meta.mode() & 0o7777, meta.uid(), meta.gid()));
         }
     }
     let mask = dir.join(format!("mask-{}", digest(&dirs, hidden)));

@@ -58,8 +58,8 @@ impl Host {
         let state = match &mut *state {
             Some(state) => {
                 if state.scan.refresh().map_err(io_error(what))? {
-                    let hidden = &state.scan.hidden;
-                    state.trees = mask::trees(&self.dir, &state.roots, hidden, self.user).map_err(io_error(what))?;
+                    let (scan, roots) = (&state.scan, &state.roots);
+                    state.trees = mask::trees(&self.dir, roots, scan, self.user).map_err(io_error(what))?;
                 }
                 state.skeleton.refresh(&self.dir, self.user).map_err(io_error(what))?;
                 state
@@ -78,7 +78,7 @@ impl Host {
         let is_root = |p: &&&str| fs::symlink_metadata(p).is_ok_and(|m| m.is_dir());
         let roots: Vec<PathBuf> = ROOTS.iter().filter(is_root).map(PathBuf::from).collect();
         let scan = scan::Scan::new(&roots)?;
-        let trees = mask::trees(&self.dir, &roots, &scan.hidden, self.user)?;
+        let trees = mask::trees(&self.dir, &roots, &scan, self.user)?;
         let skeleton = skeleton::Skeleton::new(&self.dir, &roots, self.user)?;
         Ok(State { roots, scan, trees, skeleton })
     }

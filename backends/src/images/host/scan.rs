@@ -105,6 +105,11 @@ impl Scan {
         Ok(Self { roots: roots.to_vec(), hidden: found.hidden, watch })
     }
 
+    /// All directories that are not hidden, where they are known.
+    pub(super) fn directories(&self) -> impl Iterator<Item = &PathBuf> {
+        self.watch.iter().flat_map(|watch| watch.dirs.values())
+    }
+
     /// Brings it up to date; true when something had changed.
     pub(super) fn refresh(&mut self) -> io::Result<bool> {
         let Some(watch) = &self.watch else { return self.renew() };
@@ -136,20 +141,19 @@ impl Scan {
         if changed.is_empty() {
             return Ok(false);
         }
-        let before = self.hidden.clone();
+        let before = (self.hidden.clone(), self.directories().count());
         changed.sort();
         changed.dedup();
         for path in changed {
             self.look(&path)?;
         }
-        Ok(self.hidden != before)
+        Ok(self.hidden != before.0 || self.directories().count() != before.1)
     }
 
     fn renew(&mut self) -> io::Result<bool> {
         let new = Self::new(&self.roots)?;
-        let changed = new.hidden != self.hidden;
         *self = new;
-        Ok(changed)
+        Ok(true)
     }
 
     fn look(&mut self, path: &Path) -> io::Result<()> {

@@ -278,7 +278,7 @@ pub fn wait_for_children(patience: Duration) -> bool {
         let options = rustix::process::WaitIdOptions::EXITED
             | rustix::process::WaitIdOptions::NOHANG
             | rustix::process::WaitIdOptions::NOWAIT;
-        if rustix::process::waitid(rustix::process::WaitId::All, options) == Err(rustix::io::Errno::CHILD) {
+        if matches!(rustix::process::waitid(rustix::process::WaitId::All, options), Err(rustix::io::Errno::CHILD)) {
             return true;
         }
         if Instant::now() >= until {

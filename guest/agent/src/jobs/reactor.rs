@@ -156,7 +156,7 @@ impl Reactor {
                 match event.data.u64() {
                     WAKE => self.take_commands(),
                     SIGNALS => self.take_signals(&terminate),
-                    token => self.channel_ready(token),
+                    token => self.channel_ready(token, event.flags),
                 }
             }
             self.look_at_times();
@@ -229,8 +229,14 @@ impl Reactor {
         }
     }
 
-    fn channel_ready(&mut self, token: u64) {
+    fn channel_ready(&mut self, token: u64, flags: EventFlags) {
         match self.channels.get(&token) {
+            Some((_, Channel::Input(id))) if flags.intersects(EventFlags::ERR | EventFlags::HUP) => {
+                // Nobody reads it any more.
+                if let Some(job) = self.running.get(id).map(|running| running.job.clone()) {
+                    self.close_input(token, &job);
+                }
+            }
             Some((_, Channel::Input(_))) => self.write_input(token),
             Some((_, Channel::Output(id, _))) => {
                 let id = *id;

@@ -11,6 +11,6 @@ mod writer;
 pub use connection::Connection;
 pub use frames::FrameReader;
 pub use requests::Interrupter;
-pub use stdin::{Stdin, StdinState};
+pub use stdin::Stdin;
 pub use streams::Streams;
 pub use writer::Writer;

@@ -1,0 +1,164 @@
+//! The same as an ordinary user, without any privilege but newuidmap's and newgidmap's.
+
+mod support;
+
+use machinefs_backends::{Adopted, Backend};
+use std::fs;
+use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
+use std::path::Path;
+use std::process::Command;
+use support::Rig;
+
+const USER: &str = "mfstest";
+
+fn output(program: &str, args: &[&str]) -> (bool, String) {
+    let output = Command::new(program).args(args).output();
+    output
+        .map_or((false, String::new()), |o| (o.status.success(), String::from_utf8_lossy(&o.stdout).trim().to_owned()))
+}
+
+/// The user that the tests are run as, made when it is not there.
+fn user() -> Option<(u32, u32)> {
+    if !output("id", &["-u", USER]).0 {
+        output("useradd", &["-m", USER]);
+    }
+    let subuid = fs::read_to_string("/etc/subuid").unwrap_or_default();
+    if !subuid.lines().any(|l| l.starts_with(&format!("{USER}:"))) {
+        output("usermod", &["--add-subuids", "200000-265535", "--add-subgids", "200000-265535", USER]);
+    }
+    Some((output("id", &["-u", USER]).1.parse().ok()?, output("id", &["-g", USER]).1.parse().ok()?))
+}
+
+#[test]
+fn as_an_ordinary_user() {
+    if !rustix::process::geteuid().is_root() {
+        println!("skipped: run it as root, which makes the user; or run the ignored tests as a user");
+        return;
+    }
+    need!();
+    if ["newuidmap", "setpriv"].into_iter().any(|p| !output("sh", &["-c", &format!("command -v {p}")]).0) {
+        println!("skipped: newuidmap (uidmap) or setpriv (util-linux) is not installed");
+        return;
+    }
+    let Some((uid, gid)) = user() else {
+        println!("skipped: the user {USER} cannot be made");
+        return;
+    };
+    let dir = tempfile::Builder::new().prefix("mfs-user-").tempdir().unwrap();
+    fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o700)).unwrap();
+    let test = dir.path().join("test");
+    fs::copy(std::env::current_exe().unwrap(), &test).unwrap();
+    let standin = dir.path().join("standin");
+    support::build_agent(&Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/support/agent.c"), &standin);
+    for path in [dir.path(), &test, &standin] {
+        chown(path, Some(uid), Some(gid)).unwrap();
+    }
+    let status = Command::new("setpriv")
+        .args([&format!("--reuid={uid}"), &format!("--regid={gid}"), "--init-groups"])
+        .arg(&test)
+        .args(["--ignored", "--test-threads=1", "--nocapture"])
+        .env("HOME", dir.path())
+        .env("TMPDIR", dir.path())
+        .env("MACHINEFS_TEST_STANDIN", &standin)
+        .current_dir(dir.path())
+        .status()
+        .unwrap();
+    assert!(status.success());
+    let left: Vec<_> = fs::read_dir(dir.path()).unwrap().map(|e| e.unwrap().file_name()).collect();
+    assert_eq!(left.len(), 2, "only the two programs are left: {left:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "run by as_an_ordinary_user"]
+async fn machine_of_a_user() {
+    if rustix::process::geteuid().is_root() {
+        return;
+    }
+    let rig = Rig::new();
+    for finding in rig.backend.check().await {
+        println!("{finding:?}");
+        assert_ne!(finding.level, machinefs_backends::Level::Missing, "{finding:?}");
+    }
+    let mut spec = rig.spec("host");
+    spec.memory = Some(64 << 20);
+    let running = rig.boot(&spec).await;
+    println!("{:?} {:?}", running.warnings, running.facts);
+    assert!(running.warnings.iter().any(|w| w.0.contains("memory=")), "what does not hold is said");
+    assert_eq!(rig.ok(&spec, "id -u; hostname; cat /etc/hostname").await, "0\ntesthost\ntesthost\n");
+    for kind in ["user", "pid", "mnt", "net", "ipc", "uts", "cgroup"] {
+        let ours = fs::read_link(format!("/proc/self/ns/{kind}")).unwrap();
+        let theirs = fs::read_link(format!("/proc/{}/ns/{kind}", running.pid)).unwrap();
+        assert_ne!(ours, theirs, "{kind}");
+    }
+    let status = rig.ok(&spec, "cat /proc/self/status").await;
+    assert!(status.contains("Seccomp:\t2"), "{status}");
+    // Tools, and what root in the machine may do with the host's files.
+    for tool in [
+        "gcc --version",
+        "git --version",
+        "python3 -c 'print(1)'",
+        "dpkg -l",
+        "su daemon -s /bin/sh -c id || true",
+        "printf 'int main(){return 0;}' > /tmp/a.c && gcc -o /tmp/a /tmp/a.c && /tmp/a",
+        "echo x > /usr/local/bin/added && rm /usr/local/bin/added",
+        "mkdir /usr/share/new && touch /usr/share/new/x",
+        "rm /usr/share/common-licenses/BSD && echo mine > /usr/share/common-licenses/BSD",
+        "rm -r /usr/share/doc",
+        "touch /tmp/f && chown daemon:mail /tmp/f && test $(stat -c %U:%G /tmp/f) = daemon:mail",
+        "echo x >> /etc/motd",
+        "ls /dev/pts /dev/shm",
+    ] {
+        rig.ok(&spec, tool).await;
+    }
+    let package = "set -e; mkdir -p /tmp/p/DEBIAN /tmp/p/usr/bin; cd /tmp; \
+        printf 'Package: mfs-test\\nVersion: 1\\nArchitecture: all\\nMaintainer: t <t@example.org>\\nDescription: test\\n' > p/DEBIAN/control; \
+        printf '#!/bin/sh\\necho installed\\n' > p/usr/bin/mfs-test; chmod 755 p/usr/bin/mfs-test; \
+        dpkg-deb --build p p.deb >/dev/null; dpkg -i p.deb; mfs-test";
+    println!("dpkg: {:?}", rig.run(&spec, package).await);
+    for what in [
+        "mv /usr/bin/awk /usr/bin/awk.old",
+        "echo >> /usr/share/common-licenses/GPL-2",
+        "chmod 700 /usr/bin/env",
+        "cp --remove-destination /usr/bin/env /usr/bin/perl",
+    ] {
+        println!("{what}: {:?}", rig.run(&spec, what).await);
+    }
+    // Nothing private of the host.
+    let closed = "find /usr /opt /var/lib/dpkg -xdev ! -type l \\( ! -perm -004 -o -type d ! -perm -005 \\) | head";
+    let closed = rig.ok(&spec, closed).await;
+    assert!(closed.lines().all(|l| l.starts_with("/var/lib/dpkg/")), "{closed}");
+    assert_eq!(rig.ok(&spec, "ls -A /root /home").await, "/home:\n\n/root:\n");
+
+    let fresh = rig.reopened();
+    assert!(matches!(fresh.adopt(&spec).await.unwrap(), Adopted::Running(r) if r.pid == running.pid));
+    rig.backend.kill(&spec).await.unwrap();
+    rig.backend.start(&spec).await.unwrap();
+    rig.ok(&spec, "test -e /usr/share/new/x && test $(stat -c %U /tmp/f) = daemon").await;
+
+    // A directory of the user's own, and a tar.
+    let image = rig.dir.path().join("image");
+    fs::create_dir(&image).unwrap();
+    fs::write(image.join("word"), "mine").unwrap();
+    let archive = rig.dir.path().join("image.tar");
+    assert!(output("tar", &["-C", image.to_str().unwrap(), "-cf", archive.to_str().unwrap(), "."]).0);
+    for path in [&image, &archive] {
+        let spec = rig.spec(path.to_str().unwrap());
+        rig.boot(&spec).await;
+        assert_eq!(rig.ok(&spec, "@read /word").await, "mine");
+        rig.ok(&spec, "@write /word changed").await;
+        assert_eq!(rig.ok(&spec, "@read /word").await, "changed");
+    }
+    assert_eq!(fs::read_to_string(image.join("word")).unwrap(), "mine");
+    assert_eq!(fs::metadata(&image).unwrap().uid(), rustix::process::geteuid().as_raw());
+
+    // The daemon dies before it wrote down what it started.
+    let spec = rig.spec("host");
+    let running = rig.boot(&spec).await;
+    fs::remove_file(spec.dir.join("run.json")).unwrap();
+    rig.reopened().destroy(&spec).await.unwrap();
+    support::eventually("its end", || {
+        let status = fs::read_to_string(format!("/proc/{}/status", running.pid)).unwrap_or_default();
+        status.is_empty() || status.contains("State:\tZ")
+    });
+    rig.finish().await;
+}
