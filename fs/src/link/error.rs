@@ -53,7 +53,7 @@ pub enum LinkError {
     },
     /// What was to be sent is over the protocol's limits.
     #[error("request too large: {0}")]
-    TooLarge(FrameError),
+    TooLarge(Arc<str>),
 }
 
 impl LinkError {
@@ -71,6 +71,11 @@ impl LinkError {
             | LinkError::Version { .. } => Errno::EHOSTUNREACH,
             LinkError::TooLarge(_) => Errno::E2BIG,
         }
+    }
+
+    /// What was to be sent does not fit.
+    pub(super) fn too_large(error: &FrameError) -> LinkError {
+        LinkError::TooLarge(error.to_string().into())
     }
 
     /// The agent's failure, checked. ENOSYS never passes: the kernel would remember it for the whole mount. Numbers

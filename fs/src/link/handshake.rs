@@ -20,7 +20,7 @@ pub(super) fn handshake(stream: &UnixStream, session: u128, timeout: Duration) -
         build: concat!("machinefs ", env!("CARGO_PKG_VERSION")).to_string(),
     };
     let mut meta = Vec::new();
-    let meta_len = encode_meta(&hello, &mut meta).map_err(LinkError::TooLarge)?;
+    let meta_len = encode_meta(&hello, &mut meta).map_err(|error| LinkError::too_large(&error))?;
     let header = Header { kind: Kind::Hello, flags: 0, meta_len, data_len: 0, seq: 0, deadline_ms: 0, tag: 0 };
     let mut frame = header.encode().to_vec();
     frame.append(&mut meta);

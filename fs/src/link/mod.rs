@@ -93,6 +93,13 @@ impl RequestOptions {
     }
 }
 
+impl From<Option<Duration>> for RequestOptions {
+    /// With that deadline, or none.
+    fn from(deadline: Option<Duration>) -> RequestOptions {
+        RequestOptions { deadline, ..RequestOptions::forever() }
+    }
+}
+
 /// Hears what the agent says unasked.
 pub trait LinkEvents: Send + Sync {
     /// An event; called on the link's reader thread, in the order of the stream.
@@ -103,22 +110,18 @@ pub trait LinkEvents: Send + Sync {
     fn lost(&self, reason: &LinkError);
 }
 
-/// The sink has no use for more.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Enough;
-
 /// Takes a job's output.
 pub trait StreamSink: Send + Sync {
     /// Whole records of the job's log (see [`machinefs_protocol::job`]), in order; called on the link's reader thread.
     /// The agent may send more when this has returned.
     ///
     /// # Errors
-    /// [`Enough`] ends the stream; [`StreamSink::lost`] is then not called.
-    fn records(&self, records: &[u8]) -> Result<(), Enough>;
+    /// Any error ends the stream; [`StreamSink::lost`] is then not called.
+    fn records(&self, records: &[u8]) -> Result<(), Box<dyn std::error::Error + Send + Sync>>;
 
     /// No more will come: the agent refused the stream, or the link is lost. Called at most once. (A stream that came
     /// to its end ends with [`Event::JobEnded`].)
-    fn lost(&self, reason: &LinkError);
+    fn lost(&self);
 }
 
 /// What a link needs to know.
@@ -130,17 +133,14 @@ pub struct LinkOptions {
     /// How long one operation may take; also the silence after which the agent counts as unresponsive, and the
     /// handshake's limit.
     pub op_deadline: Duration,
-    /// Bytes that may wait for an agent that does not take them.
-    pub queue_limit: usize,
     /// Hears events and the end.
     pub events: Arc<dyn LinkEvents>,
 }
 
 impl LinkOptions {
-    /// The usual limits: 5 s, 64 MiB.
+    /// The usual deadline: 5 s.
     pub fn new(session: u128, name: impl Into<String>, events: Arc<dyn LinkEvents>) -> LinkOptions {
-        let (op_deadline, queue_limit) = (Duration::from_secs(5), 64 * 1024 * 1024);
-        LinkOptions { session, name: name.into(), op_deadline, queue_limit, events }
+        LinkOptions { session, name: name.into(), op_deadline: Duration::from_secs(5), events }
     }
 }
 
@@ -191,9 +191,9 @@ impl Link {
     }
 
     /// Sends a request; never blocks. A request that cannot be sent fails before this returns.
-    pub fn request(&self, request: &Request<'_>, body: &[u8], options: RequestOptions, done: Done) -> Tag {
+    pub fn request(&self, request: &Request<'_>, body: &[u8], options: impl Into<RequestOptions>, done: Done) -> Tag {
         let tag = self.next_tag();
-        self.request_tagged(tag, request, body, options, done);
+        self.request_tagged(tag, request, body, options.into(), done);
         tag
     }
 
@@ -205,6 +205,9 @@ impl Link {
     /// As [`Link::request`], under a number that was taken before, so that whoever may cancel knows it beforehand. A
     /// cancel that comes before this call does nothing.
     pub fn request_tagged(&self, tag: Tag, request: &Request<'_>, body: &[u8], options: RequestOptions, done: Done) {
+        if let Request::JobForget { job } = request {
+            self.shared.streams.lock().forget_job(*job);
+        }
         self.shared.request(tag, request, body, options, done);
     }
 
@@ -221,22 +224,17 @@ impl Link {
     /// Streams a job's log from `offset` on to the sink.
     pub fn attach(&self, job: u64, offset: u64, sink: Arc<dyn StreamSink>) -> Tag {
         let tag = self.next_tag();
-        self.shared.streams.lock().insert(tag, job, sink);
+        self.shared.streams.lock().insert(tag, job, offset, sink);
         let weak = Arc::downgrade(&self.shared);
         let done = Box::new(move |result: Result<Response, LinkError>| {
             let Some(shared) = weak.upgrade() else { return };
-            match result {
-                Ok(_) => {
-                    shared.streams.lock().answered(tag);
-                }
-                Err(error) => {
-                    // Unless it was refused, its data may still come.
-                    let refused = matches!(error, LinkError::Remote { .. });
-                    let sink = shared.streams.lock().end(tag, refused);
-                    if let Some(sink) = sink {
-                        sink.lost(&error);
-                    }
-                }
+            let Err(error) = result else { return };
+            // Unless it was refused, its data may still come.
+            let refused = matches!(error, LinkError::Remote { .. });
+            let sink = shared.streams.lock().end(tag, refused);
+            if let Some(sink) = sink {
+                tracing::warn!(link = shared.name, job, %error, "no stream");
+                sink.lost();
             }
         });
         let options = RequestOptions::within(self.op_deadline);
@@ -259,7 +257,7 @@ impl Link {
         &self,
         request: &Request<'_>,
         body: &[u8],
-        options: RequestOptions,
+        options: impl Into<RequestOptions>,
     ) -> Result<Response, LinkError> {
         let (sender, receiver) = tokio::sync::oneshot::channel();
         let done = Box::new(move |result| {

@@ -70,7 +70,11 @@ impl Session<'_> {
             Kind::Body => self.body(&header),
             Kind::Data => self.data(&header),
             Kind::Event => self.event(&header),
-            kind @ (Kind::Hello | Kind::Request | Kind::Cancel | Kind::Credit | Kind::Notice) => {
+            Kind::Credit => {
+                self.link.lie("credit for no stream");
+                self.skip(header.data_len as usize)
+            }
+            kind @ (Kind::Hello | Kind::Request | Kind::Cancel | Kind::Notice) => {
                 Err(lie(&format_args!("a frame of kind {kind:?}")))
             }
         }
@@ -130,8 +134,17 @@ impl Session<'_> {
         if let LinkError::Lie(what) = &error {
             self.link.lie(what);
         }
-        if !self.link.finish(header.tag, Err(error)) {
-            self.link.lie("a failure of nothing that was asked");
+        if self.link.finish(header.tag, Err(error.clone())) {
+            return Ok(());
+        }
+        // A stream whose log cannot be read any more ends so.
+        let sink = self.link.streams.lock().end(header.tag, true);
+        match sink {
+            Some(sink) => {
+                tracing::warn!(link = self.link.name, %error, "a stream broke off");
+                sink.lost();
+            }
+            None => self.link.lie("a failure of nothing that was asked"),
         }
         Ok(())
     }
@@ -166,14 +179,15 @@ impl Session<'_> {
             Incoming::Flood => return Err(lie(&"more data on a stream than was granted")),
         };
         self.input.read(self.link, &mut self.scratch, len)?;
-        check_records(&self.scratch)?;
-        if sink.records(&self.scratch).is_err() {
+        let moved = check_records(&self.scratch)?;
+        if let Err(error) = sink.records(&self.scratch) {
+            tracing::debug!(link = self.link.name, %error, "a stream is ended");
             if self.link.streams.lock().end(tag, false).is_some() {
                 self.link.send_cancel(tag);
             }
             return Ok(());
         }
-        let grant = self.link.streams.lock().taken(tag, len as u64);
+        let grant = self.link.streams.lock().taken(tag, len as u64, moved);
         if let Some(bytes) = grant {
             self.link.send_credit(tag, bytes);
         }
@@ -186,7 +200,7 @@ impl Session<'_> {
         }
         let event: Event = decode_meta(&self.meta).map_err(|error| lie(&error))?;
         match &event {
-            Event::JobEnded { job, .. } => self.link.streams.lock().job_ended(*job),
+            Event::JobEnded { job, end } => self.link.streams.lock().job_ended(*job, end.log_end),
         }
         if let Some(events) = self.link.events() {
             events.event(event);

@@ -19,6 +19,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering::SeqCst};
 use std::time::Duration;
 
+/// Bytes of requests that may wait for an agent that does not take them.
+const QUEUE_LIMIT: usize = 64 * 1024 * 1024;
 /// Requests that may be unanswered at once, those given up included.
 const MAX_PENDING: usize = 65_536;
 /// How long an interrupted query may still be answered by the agent; also how often a killed caller is looked for.
@@ -92,7 +94,7 @@ impl Shared {
             name: options.name,
             socket,
             timer,
-            out: Out::new(1, options.queue_limit),
+            out: Out::new(1, QUEUE_LIMIT),
             table: Mutex::default(),
             streams: Mutex::default(),
             forgets: Mutex::default(),
@@ -141,7 +143,7 @@ impl Shared {
         done: Done,
     ) {
         if body.len() > MAX_BODY {
-            return done(Err(LinkError::TooLarge(FrameError::TooLarge { meta: 0, data: body.len() })));
+            return done(Err(LinkError::too_large(&FrameError::TooLarge { meta: 0, data: body.len() })));
         }
         let file = matches!(request, Request::File(_));
         let is_ping = matches!(request, Request::Ping);
@@ -154,7 +156,7 @@ impl Shared {
             Ok(len) => len,
             Err(error) => {
                 META.set(meta);
-                return done(Err(LinkError::TooLarge(error)));
+                return done(Err(LinkError::too_large(&error)));
             }
         };
         let time = now();
@@ -496,7 +498,7 @@ impl Shared {
         }
         let sinks = self.streams.lock().drain();
         for sink in sinks {
-            sink.lost(&reason);
+            sink.lost();
         }
         let events = self.events.lock().take();
         if let Some(events) = events {

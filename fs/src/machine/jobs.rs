@@ -5,7 +5,7 @@ use super::job::{Job, Phase};
 use super::store::{self, LogKind};
 use super::{Machine, config};
 use crate::errno::Errno;
-use crate::link::{Link, LinkError, StreamSink};
+use crate::link::{Enough, Link, LinkError, RequestOptions, StreamSink};
 use crate::tree::ops::Caller;
 use machinefs_protocol::job::{ExitReason, JobEnd, JobInfo, JobSpec};
 use machinefs_protocol::message::{Reply, Request};
@@ -185,7 +185,7 @@ impl Jobs {
 
     /// The agent answers: goes on with what it has, gives it what it does not know yet.
     pub(super) async fn connected(&self, machine: &Arc<Machine>, link: &Arc<Link>) {
-        let known: Vec<JobInfo> = match link.call(&Request::JobList, &[], None).await {
+        let known: Vec<JobInfo> = match link.call(&Request::JobList, &[], RequestOptions::forever()).await {
             Ok(response) => match response.reply {
                 Reply::Jobs(jobs) => jobs,
                 _ => Vec::new(),
@@ -342,7 +342,7 @@ fn start(machine: &Arc<Machine>, link: &Arc<Link>, job: &Arc<Job>) {
     link.request(
         &request,
         &job.command(),
-        None,
+        RequestOptions::forever(),
         Box::new(move |answer| match answer.map(|response| response.reply) {
             Ok(Reply::Started { pid, started_ms }) => {
                 started.set_started(pid, started_ms);
@@ -362,7 +362,7 @@ fn start(machine: &Arc<Machine>, link: &Arc<Link>, job: &Arc<Job>) {
 
 fn forget(link: &Arc<Link>, job: u64) {
     // Not knowing it is as good; a broken stream is followed by a comparison of both sides' jobs.
-    link.request(&Request::JobForget { job }, &[], None, Box::new(|_| {}));
+    link.request(&Request::JobForget { job }, &[], RequestOptions::forever(), Box::new(|_| {}));
 }
 
 /// Has the agent send a job's output, from where we are.
@@ -378,13 +378,17 @@ struct Output {
 }
 
 impl StreamSink for Output {
-    fn records(&self, records: &[u8]) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
-        self.job.append(records)?;
+    fn records(&self, records: &[u8]) -> Result<(), Enough> {
+        if let Err(error) = self.job.append(records) {
+            tracing::warn!(job = self.job.number(), %error, "the agent's output is no log");
+            return Err(Enough);
+        }
         if let (Phase::Draining(end), Some(machine)) = (self.job.phase(), self.machine.upgrade()) {
             machine.jobs.ended(&machine, self.job.number(), end);
         }
         Ok(())
     }
 
-    fn lost(&self) {}
+    // The machine hears of a lost stream as a whole, and attaches anew.
+    fn lost(&self, _reason: &LinkError) {}
 }

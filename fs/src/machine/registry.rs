@@ -266,7 +266,6 @@ impl Registry {
             created_ms: now_ms(),
             state: State::Creating.word().to_string(),
             uid_slot,
-            prepared: false,
             config: config.overrides().map(|(key, value)| (key.to_string(), value.to_string())).collect(),
         })
     }
@@ -284,7 +283,7 @@ impl Registry {
                 return Err(MachineError::forbidden(format!("there is a machine {new_name} already")));
             }
             let mut name = machine.name.lock();
-            if !names.get(name.as_str()).is_some_and(|there| there.slot == machine.slot) {
+            if names.get(name.as_str()).is_none_or(|there| there.slot != machine.slot) {
                 return Err(MachineError::not_found("the machine is gone"));
             }
             names.remove(name.as_str());

@@ -3,7 +3,7 @@
 use super::error::MachineError;
 use super::state::{Action, Event, State};
 use super::{Guest, Machine, RunFacts, store};
-use crate::link::{Link, LinkError, LinkEvents, LinkOptions};
+use crate::link::{Link, LinkError, LinkEvents, LinkOptions, RequestOptions};
 use crate::tree::guest::{GuestFiles, GuestView};
 use machinefs_backends::{Adopted, Running};
 use machinefs_protocol::message::{Event as GuestEvent, GuestInfo, Reply, Request};
@@ -14,8 +14,6 @@ use tokio::sync::mpsc;
 
 /// How long the agent is sought again after its stream broke, before the machine is given up as lost.
 const RECONNECT_FOR: Duration = Duration::from_secs(10);
-/// How long one operation on the guest's files may take.
-const OP_DEADLINE: Duration = Duration::from_secs(5);
 
 /// What a machine begins with.
 pub(super) enum Begin {
@@ -129,8 +127,6 @@ async fn boot(machine: &Arc<Machine>) -> Result<(), MachineError> {
             MachineError::no_space(format!("cannot make {}: {error}", spec.dir.display()))
         })?;
         backend.create(&spec).await?;
-        let slot = machine.slot;
-        machine.shared.store.write(move |db| store::set_prepared(db, slot));
         if !config.flag("autostart") {
             let _ = machine.fire(Event::PreparedOnly);
             return Ok(());
@@ -149,7 +145,7 @@ async fn boot(machine: &Arc<Machine>) -> Result<(), MachineError> {
 }
 
 fn note_running(machine: &Arc<Machine>, running: Running) -> Result<(), MachineError> {
-    let pidfd = AsyncFd::with_interest(running.pidfd, tokio::io::Interest::READABLE)
+    let pidfd = AsyncFd::register_with_interest(running.pidfd, tokio::io::Interest::READABLE)
         .map_err(|error| MachineError::limit(format!("cannot watch the machine's process: {error}")))?;
     let mut run = machine.run.lock();
     run.pidfd = Some(Arc::new(pidfd));
@@ -170,12 +166,8 @@ async fn connect(machine: &Arc<Machine>, run: u64) -> Result<Arc<Link>, MachineE
     loop {
         let error = match backend.connect(&spec).await {
             Ok(stream) => {
-                let options = LinkOptions {
-                    session: session_id(machine, run),
-                    name: machine.id.clone(),
-                    op_deadline: OP_DEADLINE,
-                    events: Arc::new(AgentNews { machine: Arc::downgrade(machine), run }),
-                };
+                let news = Arc::new(AgentNews { machine: Arc::downgrade(machine), run });
+                let options = LinkOptions::new(session_id(machine, run), machine.id.clone(), news);
                 let link = tokio::task::spawn_blocking(move || Link::connect(stream, options)).await;
                 match link.map_err(|_| MachineError::internal("the handshake panicked"))? {
                     Ok(link) => return take_into_use(machine, link).await,
@@ -202,7 +194,7 @@ fn session_id(machine: &Machine, run: u64) -> u128 {
 }
 
 async fn take_into_use(machine: &Arc<Machine>, link: Arc<Link>) -> Result<Arc<Link>, MachineError> {
-    let answer = link.call(&Request::Info, &[], Some(OP_DEADLINE)).await.map_err(|error| unreachable(&error))?;
+    let answer = link.call(&Request::Info, &[], RequestOptions::within(link.op_deadline())).await.map_err(|error| unreachable(&error))?;
     let Reply::Info(info) = answer.reply else {
         return Err(MachineError::unreachable("the agent gave a wrong answer to info"));
     };
@@ -316,7 +308,7 @@ async fn shut_down(machine: &Arc<Machine>) {
     }
     if let Some(link) = machine.link() {
         let request = Request::Shutdown { grace_ms: u32::try_from(grace.as_millis()).unwrap_or(u32::MAX) };
-        let asked = link.call(&request, &[], Some(Duration::from_secs(2))).await;
+        let asked = link.call(&request, &[], RequestOptions::within(Duration::from_secs(2))).await;
         if asked.is_ok() {
             let _ = tokio::time::timeout(grace + Duration::from_secs(2), gone(machine)).await;
         }

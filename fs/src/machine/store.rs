@@ -20,8 +20,7 @@ CREATE TABLE machine (
     uid INTEGER NOT NULL, gid INTEGER NOT NULL,
     created_ms INTEGER NOT NULL,
     state TEXT NOT NULL,
-    uid_slot INTEGER NOT NULL,
-    prepared INTEGER NOT NULL DEFAULT 0
+    uid_slot INTEGER NOT NULL
 );
 CREATE TABLE config (slot INTEGER NOT NULL, key TEXT NOT NULL, value TEXT NOT NULL, PRIMARY KEY (slot, key)) WITHOUT ROWID;
 CREATE TABLE job (
@@ -63,8 +62,6 @@ pub struct MachineRow {
     pub state: String,
     /// Its range of user numbers.
     pub uid_slot: u32,
-    /// Whether its disk has been made.
-    pub prepared: bool,
     /// Its configuration.
     pub config: Vec<(String, String)>,
 }
@@ -253,12 +250,6 @@ pub fn set_state(db: &Connection, slot: u32, state: &str) -> Result<(), MachineE
     Ok(())
 }
 
-/// Writes down that a machine's disk has been made.
-pub fn set_prepared(db: &Connection, slot: u32) -> Result<(), MachineError> {
-    db.prepare_cached("UPDATE machine SET prepared = 1 WHERE slot = ?")?.execute(params![slot])?;
-    Ok(())
-}
-
 /// Renames a machine.
 pub fn set_name(db: &Connection, slot: u32, name: &str) -> Result<(), MachineError> {
     db.prepare_cached("UPDATE machine SET name = ? WHERE slot = ?")?.execute(params![name, slot])?;
@@ -276,7 +267,7 @@ pub fn delete_machine(db: &Connection, slot: u32) -> Result<(), MachineError> {
 /// All machines, those in `destroyed` (to be torn down) too.
 pub fn machines(db: &Connection) -> Result<Vec<MachineRow>, MachineError> {
     let mut rows: Vec<MachineRow> = db
-        .prepare("SELECT slot, name, uid, gid, created_ms, state, uid_slot, prepared FROM machine ORDER BY slot")?
+        .prepare("SELECT slot, name, uid, gid, created_ms, state, uid_slot FROM machine ORDER BY slot")?
         .query_map([], |row| {
             Ok(MachineRow {
                 slot: row.get(0)?,
@@ -286,7 +277,6 @@ pub fn machines(db: &Connection) -> Result<Vec<MachineRow>, MachineError> {
                 created_ms: row.get(4)?,
                 state: row.get(5)?,
                 uid_slot: row.get(6)?,
-                prepared: row.get(7)?,
                 config: Vec::new(),
             })
         })?
@@ -398,7 +388,6 @@ mod tests {
             created_ms: 1,
             state: "creating".into(),
             uid_slot: 1,
-            prepared: false,
             config: vec![("memory".into(), "1G".into())],
         }
     }

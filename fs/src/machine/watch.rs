@@ -18,7 +18,13 @@ pub struct WakeId(u64);
 /// Register first, then look at the state: so no wake-up is lost between looking and waiting.
 #[derive(Default)]
 pub struct Watch {
-    wakers: Mutex<(u64, Vec<(u64, Arc<dyn Wake>)>)>,
+    waiting: Mutex<Waiting>,
+}
+
+#[derive(Default)]
+struct Waiting {
+    last: u64,
+    wakers: Vec<(WakeId, Arc<dyn Wake>)>,
 }
 
 impl Watch {
@@ -29,21 +35,21 @@ impl Watch {
 
     /// Calls the waker at the next [`Watch::notify`], once.
     pub fn register(&self, waker: Arc<dyn Wake>) -> WakeId {
-        let mut wakers = self.wakers.lock();
-        wakers.0 += 1;
-        let id = wakers.0;
-        wakers.1.push((id, waker));
-        WakeId(id)
+        let mut waiting = self.waiting.lock();
+        waiting.last += 1;
+        let id = WakeId(waiting.last);
+        waiting.wakers.push((id, waker));
+        id
     }
 
     /// Takes a registration back; nothing happens if it has been used up.
     pub fn unregister(&self, id: WakeId) {
-        self.wakers.lock().1.retain(|(other, _)| *other != id.0);
+        self.waiting.lock().wakers.retain(|(other, _)| *other != id);
     }
 
     /// Calls all wakers. None of our locks is held while they run.
     pub fn notify(&self) {
-        let taken = std::mem::take(&mut self.wakers.lock().1);
+        let taken = std::mem::take(&mut self.waiting.lock().wakers);
         for (_, waker) in taken {
             waker.wake();
         }

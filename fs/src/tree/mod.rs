@@ -32,9 +32,6 @@ mod value;
 mod wait;
 pub mod words;
 
-#[cfg(test)]
-mod tests;
-
 use crate::errno::Errno;
 use crate::machine::Machine;
 use crate::machine::registry::Registry;
