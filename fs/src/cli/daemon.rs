@@ -42,10 +42,10 @@ async fn serve(mountpoint: &Path, settings: &Settings) -> Result<(), String> {
     let options =
         Options { state_dir: settings.state_dir.clone(), max_machines: settings.max_machines, backend: Arc::new(backend) };
     let registry = Registry::open(options).map_err(|error| error.to_string())?;
-    let tree = Arc::new(Tree::new(registry.clone()));
+    let tree = Tree::new(registry.clone()).map_err(|error| format!("cannot start the tree: {error}"))?;
     let mounted = fuse::mount(fuse::MountOptions { no_exec: settings.noexec, ..fuse::MountOptions::new(&mountpoint) })
         .map_err(|error| error.to_string())?;
-    let session = mounted.serve(tree).map_err(|error| error.to_string())?;
+    let session = mounted.serve(Arc::new(tree)).map_err(|error| error.to_string())?;
     tracing::info!(mountpoint = %mountpoint.display(), state_dir = %settings.state_dir.display(), "serving");
     let ended = async {
         while session.is_alive() {

@@ -63,6 +63,20 @@ impl Events {
 
     /// Says that something happened; `slot` and `log` are the machine's, `machine` its name (`-` for the service).
     pub fn say(&self, slot: u32, machine: &str, log: Option<&TextLog>, verb: &str, details: &[(&str, &str)]) {
+        self.say_quietly(slot, machine, log, verb, details);
+        self.wake(log);
+    }
+
+    /// Wakes the readers of what was said quietly.
+    pub fn wake(&self, log: Option<&TextLog>) {
+        if let Some(log) = log {
+            log.watch().notify();
+        }
+        self.all.watch().notify();
+    }
+
+    /// As [`Events::say`], without waking anybody: for callers that hold a lock.
+    pub fn say_quietly(&self, slot: u32, machine: &str, log: Option<&TextLog>, verb: &str, details: &[(&str, &str)]) {
         // The lock is held over the appends: lines stand in the order of their numbers.
         let mut next = self.next.lock();
         let seq = *next;
@@ -74,9 +88,9 @@ impl Events {
         }
         let with_end = format!("{line}\n");
         if let Some(log) = log {
-            log.append(with_end.as_bytes());
+            log.append_quietly(with_end.as_bytes());
         }
-        self.all.append(with_end.as_bytes());
+        self.all.append_quietly(with_end.as_bytes());
         self.store.write(move |db| {
             store::set_counter(db, "event", seq as i64)?;
             if slot != 0 {

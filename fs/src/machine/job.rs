@@ -288,7 +288,9 @@ impl Job {
         match &self.inner.lock().log {
             Log::Live(log) => {
                 let log = log.lock();
-                log.totals().of(output).saturating_sub(log.lost().of(output))
+                let lost = log.lost().of(output);
+                let mark = if lost == 0 { 0 } else { gap_text(lost).len() as u64 };
+                log.totals().of(output).saturating_sub(lost) + mark
             }
             Log::Saved(sizes) => sizes[which(output)],
         }

@@ -326,13 +326,15 @@ impl Machine {
                 if !why.is_empty() {
                     details.push(("why", why));
                 }
-                self.say("state", &details);
+                // Within the lock, so that the lines stand in the order of the changes.
+                self.shared.events.say_quietly(self.slot, &self.name(), Some(&self.events), "state", &details);
             }
             if action != Action::None {
                 // The runner ends only after TearDown, and nothing leaves destroyed.
                 let _ = self.actions.send(action);
             }
         }
+        self.shared.events.wake(Some(&self.events));
         self.state_watch.notify();
         Ok(())
     }

@@ -32,20 +32,24 @@ impl TextLog {
 
     /// Appends bytes (whole lines, but for a console) and wakes the readers.
     pub fn append(&self, bytes: &[u8]) {
-        {
-            let mut kept = self.0.kept.lock();
-            kept.bytes.extend_from_slice(bytes);
-            kept.modified = SystemTime::now();
-            if kept.bytes.len() > self.0.limit {
-                let least = kept.bytes.len() - self.0.limit / 2;
-                let line_end = kept.bytes[least..].iter().position(|byte| *byte == b'\n').map_or(0, |at| at + 1);
-                let gone = least + line_end;
-                kept.bytes.drain(..gone);
-                kept.bytes.shrink_to(self.0.limit);
-                kept.dropped += gone as u64;
-            }
-        }
+        self.append_quietly(bytes);
         self.0.watch.notify();
+    }
+
+    /// Appends under a lock of the caller's; [`TextLog::watch`] is to be notified once that is released, for the
+    /// woken may look at what it guards.
+    pub fn append_quietly(&self, bytes: &[u8]) {
+        let mut kept = self.0.kept.lock();
+        kept.bytes.extend_from_slice(bytes);
+        kept.modified = SystemTime::now();
+        if kept.bytes.len() > self.0.limit {
+            let least = kept.bytes.len() - self.0.limit / 2;
+            let line_end = kept.bytes[least..].iter().position(|byte| *byte == b'\n').map_or(0, |at| at + 1);
+            let gone = least + line_end;
+            kept.bytes.drain(..gone);
+            kept.bytes.shrink_to(self.0.limit);
+            kept.dropped += gone as u64;
+        }
     }
 
     /// Bytes kept.
