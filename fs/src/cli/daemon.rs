@@ -75,9 +75,8 @@ fn listen(kind: SignalKind) -> Result<tokio::signal::unix::Signal, String> {
 pub fn container_backend(settings: &Settings, mountpoint: Option<&Path>) -> Result<ContainerBackend, String> {
     ContainerBackend::new(ContainerOptions {
         runtime: settings.runtime.clone(),
-        agent: settings.agent.clone(),
-        state_dir: settings.state_dir.clone(),
         mountpoint: mountpoint.map(Path::to_path_buf),
+        ..ContainerOptions::new(settings.agent.clone(), settings.state_dir.clone())
     })
     .map_err(|error| error.to_string())
 }

@@ -25,7 +25,7 @@ mod request;
 mod session;
 mod stale;
 
-pub use mount::{MountError, MountOptions, Mounted, mount};
+pub use mount::{MountError, MountOptions, Mounted, mount, unmount};
 pub use notify::{Notice, Notifier, QueueFull};
 pub use session::Session;
 pub use stale::replace_stale_mount;

@@ -66,6 +66,8 @@ pub enum MountError {
     Target { path: PathBuf, error: std::io::Error },
     #[error("{0}: a machinefs is mounted there already: unmount it first (`machinefs umount`)")]
     AlreadyMounted(PathBuf),
+    #[error("{0}: no machinefs is mounted there")]
+    NotOurs(PathBuf),
     #[error("{0}: another file system is mounted over ours: unmount that one first")]
     Covered(PathBuf),
     #[error("{0} is in use: end what uses it (`fuser -vm`), or unmount lazily")]
@@ -249,6 +251,18 @@ impl Place {
             tracing::debug!(path, %error, "read-ahead stays as it is");
         }
     }
+}
+
+/// Unmounts the tree that is mounted at `path`, whoever serves it. With `lazy` also when files of it are in use.
+///
+/// # Errors
+/// Nothing of ours is mounted there; it is in use ([`MountError::Busy`]).
+pub fn unmount(path: &Path, lazy: bool) -> Result<(), MountError> {
+    let path = super::stale::resolve(path)?;
+    let mounts = mountinfo::read().map_err(|error| MountError::System { call: "/proc/self/mountinfo", error })?;
+    let ours = mountinfo::top(&mounts, &path).filter(|mount| mount.kind == KIND);
+    let ours = ours.ok_or_else(|| MountError::NotOurs(path.clone()))?;
+    unmount_at(&path, ours.id, lazy, !rustix::process::geteuid().is_root())
 }
 
 /// Unmounts the mount with that id, which is at that path.

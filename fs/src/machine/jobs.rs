@@ -5,7 +5,7 @@ use super::job::{Job, Phase};
 use super::store::{self, LogKind};
 use super::{Machine, config};
 use crate::errno::Errno;
-use crate::link::{Enough, Link, LinkError, RequestOptions, StreamSink};
+use crate::link::{Link, LinkError, RequestOptions, StreamSink};
 use crate::tree::ops::Caller;
 use machinefs_protocol::job::{ExitReason, JobEnd, JobInfo, JobSpec};
 use machinefs_protocol::message::{Reply, Request};
@@ -378,11 +378,8 @@ struct Output {
 }
 
 impl StreamSink for Output {
-    fn records(&self, records: &[u8]) -> Result<(), Enough> {
-        if let Err(error) = self.job.append(records) {
-            tracing::warn!(job = self.job.number(), %error, "the agent's output is no log");
-            return Err(Enough);
-        }
+    fn records(&self, records: &[u8]) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
+        self.job.append(records)?;
         if let (Phase::Draining(end), Some(machine)) = (self.job.phase(), self.machine.upgrade()) {
             machine.jobs.ended(&machine, self.job.number(), end);
         }
@@ -390,5 +387,5 @@ impl StreamSink for Output {
     }
 
     // The machine hears of a lost stream as a whole, and attaches anew.
-    fn lost(&self, _reason: &LinkError) {}
+    fn lost(&self) {}
 }

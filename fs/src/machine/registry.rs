@@ -137,14 +137,12 @@ impl Registry {
         let (store, _thread) = Store::open(&options.state_dir.join("state.db"))?;
         let events = Events::load(store.clone())?;
         let rows = store.query(store::machines)?;
-        let mut life = [0u8; 8];
-        rustix::rand::getrandom(&mut life, rustix::rand::GetRandomFlags::empty())
-            .map_err(|error| MachineError::internal(format!("no random numbers: {error}")))?;
+        let life = random()?;
         let shared = Arc::new(Shared {
             store,
             runtime: tokio::runtime::Handle::current(),
             events,
-            life: u64::from_le_bytes(life),
+            life,
             mount_uid: rustix::process::geteuid().as_raw(),
             options,
             names: Mutex::default(),
@@ -402,6 +400,13 @@ fn check_name(name: &str) -> Result<(), MachineError> {
         "bad name \"{}\": letters, digits and -, beginning with a letter or digit, at most 63",
         name.escape_default()
     )))
+}
+
+fn random() -> Result<u64, MachineError> {
+    let mut bytes = [0u8; 8];
+    rustix::rand::getrandom(&mut bytes, rustix::rand::GetRandomFlags::empty())
+        .map_err(|error| MachineError::internal(format!("no random numbers: {error}")))?;
+    Ok(u64::from_le_bytes(bytes))
 }
 
 fn now_ms() -> i64 {

@@ -145,7 +145,8 @@ async fn boot(machine: &Arc<Machine>) -> Result<(), MachineError> {
 }
 
 fn note_running(machine: &Arc<Machine>, running: Running) -> Result<(), MachineError> {
-    let pidfd = AsyncFd::register_with_interest(running.pidfd, tokio::io::Interest::READABLE)
+    // SAFETY: an OwnedFd is open and the same until it is dropped, which the AsyncFd does that owns it.
+    let pidfd = unsafe { AsyncFd::register_with_interest(running.pidfd, tokio::io::Interest::READABLE) }
         .map_err(|error| MachineError::limit(format!("cannot watch the machine's process: {error}")))?;
     let mut run = machine.run.lock();
     run.pidfd = Some(Arc::new(pidfd));
