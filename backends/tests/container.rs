@@ -1,5 +1,7 @@
 //! Machines as containers, as root: life, limits, isolation, what is left over.
 
+#![allow(clippy::unwrap_used, clippy::panic)]
+
 mod support;
 
 use machinefs_backends::{Adopted, Backend, BackendError, Level};

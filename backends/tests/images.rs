@@ -1,5 +1,7 @@
 //! What machines of each kind of image see, and what they must not.
 
+#![allow(clippy::unwrap_used, clippy::panic)]
+
 mod support;
 
 use machinefs_backends::{Backend, BackendError};

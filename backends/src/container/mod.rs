@@ -85,8 +85,7 @@ struct Inner {
 }
 
 impl ContainerBackend {
-    /// Makes the directories it needs and looks at the host's control groups. Looking at the host's files, for the
-    /// image `host`, begins behind it.
+    /// Makes the directories it needs and looks at the host's control groups.
     ///
     /// # Errors
     /// When the directories cannot be made.
@@ -109,11 +108,13 @@ impl ContainerBackend {
         };
         inner.make_run_dir().map_err(failed(&inner.options.run_dir))?;
         occupy_listen_fd().map_err(io_error("opening /dev/null"))?;
-        let backend = Self { inner: Arc::new(inner) };
-        let inner = Arc::clone(&backend.inner);
-        let spawned = std::thread::Builder::new().name("host image".into()).spawn(move || inner.images.prepare());
-        spawned.map_err(io_error("starting a thread"))?;
-        Ok(backend)
+        Ok(Self { inner: Arc::new(inner) })
+    }
+
+    /// Looks at the host's files for the image `host`, ahead of the first machine, which otherwise waits for it (half a
+    /// second where the kernel has them in memory, some seconds where not). For a thread that may block.
+    pub fn prepare(&self) {
+        self.inner.images.prepare();
     }
 
     async fn on_thread<T: Send + 'static>(
@@ -171,7 +172,7 @@ impl Inner {
     }
 
     /// Where the runtime finds the agent's binary, which may be in a directory closed to the machine's root as well.
-    fn agent_mount(&self, _spec: &MachineSpec) -> PathBuf {
+    fn agent_mount(&self) -> PathBuf {
         if self.maps.is_some() { self.options.agent.clone() } else { self.options.run_dir.join("agent") }
     }
 
@@ -280,7 +281,15 @@ impl Backend for ContainerBackend {
     }
 
     async fn usage(&self, spec: &MachineSpec) -> Result<Usage, BackendError> {
-        self.on_thread(spec, |inner, spec| Ok(inner.cgroups.usage(&inner.name(spec)))).await
+        self.on_thread(spec, |inner, spec| {
+            if inner.maps.is_none() {
+                return Ok(inner.cgroups.usage(&inner.name(spec)));
+            }
+            let Some(running) = inner.find(spec)? else { return Ok(Usage::default()) };
+            process::usage_of_namespace(running.pid)
+                .map_err(io_error(format!("looking at the processes of the machine {}", spec.id)))
+        })
+        .await
     }
 
     async fn console(&self, spec: &MachineSpec) -> Result<Vec<u8>, BackendError> {

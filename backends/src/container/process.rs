@@ -2,6 +2,7 @@
 //! one is reaped. Here a process is its pid, the time it started and the boot of the host, and it is signalled and
 //! waited for through a pidfd only.
 
+use crate::Usage;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use serde::{Deserialize, Serialize};
@@ -38,6 +39,32 @@ pub(super) fn stat(pid: u32) -> io::Result<Option<(char, u64)>> {
         (Some(state), Some(start)) => Ok(Some((state, start))),
         _ => Err(io::Error::new(io::ErrorKind::InvalidData, format!("/proc/{pid}/stat cannot be understood"))),
     }
+}
+
+/// What the processes in the pid namespace of `init` use together, where no control group counts it: processor time of
+/// those that live and of those that were waited for, resident memory (shared pages count more than once).
+pub(super) fn usage_of_namespace(init: u32) -> io::Result<Usage> {
+    let namespace = fs::read_link(format!("/proc/{init}/ns/pid"))?;
+    let tick = 1_000_000 / rustix::param::clock_ticks_per_second().max(1);
+    let page = rustix::param::page_size() as u64;
+    let mut usage = Usage::default();
+    for entry in fs::read_dir("/proc")? {
+        let path = entry?.path();
+        if fs::read_link(path.join("ns/pid")).ok().as_ref() != Some(&namespace) {
+            continue;
+        }
+        let text = fs::read(path.join("stat")).unwrap_or_default();
+        let text = String::from_utf8_lossy(&text).into_owned();
+        let fields: Vec<u64> = text
+            .rsplit_once(") ")
+            .map(|(_, rest)| rest.split(' ').map(|f| f.trim().parse().unwrap_or(0)).collect())
+            .unwrap_or_default();
+        // Fields 14 to 17 (utime, stime, cutime, cstime) and 24 (rss); the state, field 3, is the first here.
+        usage.cpu_micros += fields.iter().skip(11).take(4).sum::<u64>() * tick;
+        usage.memory += fields.get(21).unwrap_or(&0) * page;
+        usage.pids += 1;
+    }
+    Ok(usage)
 }
 
 /// The number of this boot of the host.

@@ -145,7 +145,7 @@ impl Inner {
         let limits =
             Limits { cpu: can(cgroup::Limit::Cpu), memory: can(cgroup::Limit::Memory), pids: can(cgroup::Limit::Pids) };
         let rootfs = self.rootfs(spec);
-        let agent = self.agent_mount(spec);
+        let agent = self.agent_mount();
         let input = Input {
             root: &rootfs,
             agent: &agent,
@@ -346,7 +346,7 @@ impl Inner {
             let below = (!tree.at.is_empty()).then_some(tree.at.as_str());
             stage.overlay(&lower, &upper, &work, &rootfs, below, self.maps.is_some())?;
         }
-        let agent = self.agent_mount(spec);
+        let agent = self.agent_mount();
         if agent != self.options.agent {
             stage.attach(&self.options.agent, &agent, None)?;
         }

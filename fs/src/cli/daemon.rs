@@ -39,8 +39,11 @@ async fn serve(mountpoint: &Path, settings: &Settings) -> Result<(), String> {
     fuse::replace_stale_mount(mountpoint).map_err(|error| error.to_string())?;
     let mountpoint = std::fs::canonicalize(mountpoint).map_err(|error| format!("{}: {error}", mountpoint.display()))?;
     let backend = container_backend(settings, Some(&mountpoint))?;
-    let options =
-        Options { state_dir: settings.state_dir.clone(), max_machines: settings.max_machines, backend: Arc::new(backend) };
+    let options = Options {
+        state_dir: settings.state_dir.clone(),
+        max_machines: settings.max_machines,
+        backend: Arc::new(backend),
+    };
     let registry = Registry::open(options).map_err(|error| error.to_string())?;
     let tree = Tree::new(registry.clone()).map_err(|error| format!("cannot start the tree: {error}"))?;
     let mounted = fuse::mount(fuse::MountOptions { no_exec: settings.noexec, ..fuse::MountOptions::new(&mountpoint) })

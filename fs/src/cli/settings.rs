@@ -68,7 +68,10 @@ impl DaemonArgs {
             state_dir: absolute(&state_dir)?,
             runtime: self.runtime.or(file.runtime).unwrap_or_else(|| "crun".into()),
             agent: absolute(&agent)?,
-            max_machines: self.max_machines.or(file.max_machines).unwrap_or(crate::machine::registry::DEFAULT_MAX_MACHINES),
+            max_machines: self
+                .max_machines
+                .or(file.max_machines)
+                .unwrap_or(crate::machine::registry::DEFAULT_MAX_MACHINES),
             noexec: self.noexec.or(file.noexec).unwrap_or(false),
             log: self.log.or(file.log).unwrap_or_else(|| "info".into()),
         })

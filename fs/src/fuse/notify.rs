@@ -141,7 +141,7 @@ pub(super) fn start(connection: &Arc<Connection>) -> std::io::Result<(Notifier, 
     let number = connection.device().as_raw_fd();
     let (ready, is_ready) = std::sync::mpsc::sync_channel::<()>(1);
     let thread = std::thread::Builder::new().name("fuse-notify".into()).spawn(move || {
-        //keep_only(number);
+        keep_only(number);
         let _ = ready.send(());
         while let Some(notice) = queue.next() {
             // SAFETY: the descriptor was open when this thread began; since then the thread has a descriptor table of

@@ -46,9 +46,8 @@ impl Events {
     /// # Errors
     /// The store cannot be read.
     pub fn load(store: Store) -> Result<Events, super::error::MachineError> {
-        let (lines, last) = store.query(|db| {
-            Ok((store::load_log(db, 0, LogKind::Event, 2000)?, store::counter(db, "event")?))
-        })?;
+        let (lines, last) =
+            store.query(|db| Ok((store::load_log(db, 0, LogKind::Event, 2000)?, store::counter(db, "event")?)))?;
         let all = TextLog::new(SERVICE_LOG);
         for line in lines {
             all.append(format!("{line}\n").as_bytes());

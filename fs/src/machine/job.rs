@@ -375,9 +375,7 @@ fn new_log(dir: &Path, number: u64, limit: u64) -> JobLog {
     let path = dir.join(format!("{number}.log"));
     JobLog::new(
         limit,
-        Box::new(move || {
-            OpenOptions::new().read(true).write(true).create(true).truncate(true).mode(0o600).open(&path)
-        }),
+        Box::new(move || OpenOptions::new().read(true).write(true).create(true).truncate(true).mode(0o600).open(&path)),
     )
 }
 

@@ -42,8 +42,7 @@ pub struct Jobs {
 
 impl Jobs {
     pub(super) fn new(machine: Weak<Machine>, dir: PathBuf) -> Jobs {
-        let table =
-            Table { jobs: BTreeMap::new(), next: 1, link: None, unfinished: 0, changed: SystemTime::now() };
+        let table = Table { jobs: BTreeMap::new(), next: 1, link: None, unfinished: 0, changed: SystemTime::now() };
         Jobs { dir, table: Mutex::new(table), machine }
     }
 

@@ -109,7 +109,11 @@ pub struct Machine {
 /// The verbs of a machine's `ctl`.
 pub const VERBS: &[Verb] = &[
     Verb { name: "start", usage: "start", doc: "boot it; succeeds when it runs already" },
-    Verb { name: "stop", usage: "stop [GRACE]", doc: "ask it to end, kill it after GRACE (10s); succeeds when it is stopped" },
+    Verb {
+        name: "stop",
+        usage: "stop [GRACE]",
+        doc: "ask it to end, kill it after GRACE (10s); succeeds when it is stopped",
+    },
     Verb { name: "kill", usage: "kill", doc: "end it without asking" },
     Verb { name: "restart", usage: "restart", doc: "stop and start" },
     Verb { name: "pause", usage: "pause", doc: "freeze every process in it" },

@@ -104,7 +104,11 @@ type Done<T> = Box<dyn FnOnce(Result<T, MachineError>) + Send>;
 
 /// The verbs of the root's `ctl`.
 pub const VERBS: &[Verb] = &[
-    Verb { name: "create", usage: "create NAME [KEY=VALUE…]", doc: "make a machine, as mkdir does, with a configuration" },
+    Verb {
+        name: "create",
+        usage: "create NAME [KEY=VALUE…]",
+        doc: "make a machine, as mkdir does, with a configuration",
+    },
     Verb { name: "stop", usage: "stop all", doc: "stop all machines of yours" },
     Verb { name: "destroy", usage: "destroy all", doc: "destroy all machines of yours that are not protected" },
     Verb { name: "prune", usage: "prune", doc: "destroy your machines that are stopped, failed or lost" },
@@ -131,9 +135,8 @@ impl Registry {
     /// # Errors
     /// The state directory cannot be used.
     pub fn open(options: Options) -> Result<Arc<Registry>, MachineError> {
-        std::fs::create_dir_all(options.state_dir.join("machines")).map_err(|error| {
-            MachineError::no_space(format!("cannot make {}: {error}", options.state_dir.display()))
-        })?;
+        std::fs::create_dir_all(options.state_dir.join("machines"))
+            .map_err(|error| MachineError::no_space(format!("cannot make {}: {error}", options.state_dir.display())))?;
         let (store, _thread) = Store::open(&options.state_dir.join("state.db"))?;
         let events = Events::load(store.clone())?;
         let rows = store.query(store::machines)?;
@@ -320,7 +323,9 @@ impl Registry {
                 if machine.config_get("protect").as_deref() == Some("yes") { Ok(()) } else { machine.destroy(caller) }
             })),
             ("prune", []) => done(self.each(caller, |machine| match machine.state() {
-                State::Stopped | State::Failed | State::Lost if machine.config_get("protect").as_deref() != Some("yes") => {
+                State::Stopped | State::Failed | State::Lost
+                    if machine.config_get("protect").as_deref() != Some("yes") =>
+                {
                     machine.destroy(caller)
                 }
                 _ => Ok(()),

@@ -123,9 +123,8 @@ async fn boot(machine: &Arc<Machine>) -> Result<(), MachineError> {
     // What is about to be made is written down first: a crash from here on leaks nothing.
     machine.shared.store.flush().await;
     if machine.state() == State::Creating {
-        std::fs::create_dir_all(&spec.dir).map_err(|error| {
-            MachineError::no_space(format!("cannot make {}: {error}", spec.dir.display()))
-        })?;
+        std::fs::create_dir_all(&spec.dir)
+            .map_err(|error| MachineError::no_space(format!("cannot make {}: {error}", spec.dir.display())))?;
         backend.create(&spec).await?;
         if !config.flag("autostart") {
             let _ = machine.fire(Event::PreparedOnly);
@@ -195,7 +194,10 @@ fn session_id(machine: &Machine, run: u64) -> u128 {
 }
 
 async fn take_into_use(machine: &Arc<Machine>, link: Arc<Link>) -> Result<Arc<Link>, MachineError> {
-    let answer = link.call(&Request::Info, &[], RequestOptions::within(link.op_deadline())).await.map_err(|error| unreachable(&error))?;
+    let answer = link
+        .call(&Request::Info, &[], RequestOptions::within(link.op_deadline()))
+        .await
+        .map_err(|error| unreachable(&error))?;
     let Reply::Info(info) = answer.reply else {
         return Err(MachineError::unreachable("the agent gave a wrong answer to info"));
     };

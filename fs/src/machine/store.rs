@@ -210,9 +210,12 @@ fn run(db: &Connection, queue: &mpsc::Receiver<(Work, Option<Done>)>) {
             let _ = db.execute_batch("ROLLBACK");
         }
         for (result, done) in finished {
-            let result = result.and_then(|()| committed.as_ref().copied().map_err(|error| {
-                MachineError::no_space(format!("the state database cannot be written: {error}"))
-            }));
+            let result = result.and_then(|()| {
+                committed
+                    .as_ref()
+                    .copied()
+                    .map_err(|error| MachineError::no_space(format!("the state database cannot be written: {error}")))
+            });
             if let Err(error) = &result {
                 tracing::error!(%error, "a change could not be written down");
             }

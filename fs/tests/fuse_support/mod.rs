@@ -3,6 +3,7 @@
 #![allow(dead_code, reason = "each test file uses its part")]
 
 pub mod fake;
+pub mod ops;
 pub mod server;
 pub mod stream;
 

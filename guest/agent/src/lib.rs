@@ -69,17 +69,20 @@ fn run(mode: Mode) -> std::io::Result<std::convert::Infallible> {
 /// The inherited socket, kept from the jobs.
 fn listener() -> std::io::Result<UnixListener> {
     let fd = machinefs_protocol::LISTEN_FD;
+    let named = |error: std::io::Error| {
+        std::io::Error::new(error.kind(), format!("no listening socket as descriptor {fd}: {error}"))
+    };
     // SAFETY: F_SETFD takes no pointer; a descriptor that is not open gives EBADF.
     if unsafe { libc::fcntl(fd, libc::F_SETFD, libc::FD_CLOEXEC) } < 0 {
-        let error = std::io::Error::last_os_error();
-        return Err(std::io::Error::new(error.kind(), format!("no listening socket as descriptor {fd}: {error}")));
+        return Err(named(std::io::Error::last_os_error()));
     }
     // SAFETY: the descriptor is open, as checked, and by the contract of LISTEN_FD it is ours alone.
     let socket = unsafe { OwnedFd::from_raw_fd(fd) };
-    let listener = UnixListener::from(socket);
-    if !rustix::net::sockopt::socket_acceptconn(&listener)? {
-        return Err(std::io::Error::other(format!("descriptor {fd} does not listen")));
+    let listens = rustix::net::sockopt::socket_acceptconn(&socket).map_err(|errno| named(errno.into()))?;
+    if !listens {
+        return Err(named(std::io::Error::other("it does not listen")));
     }
+    let listener = UnixListener::from(socket);
     listener.set_nonblocking(false)?;
     Ok(listener)
 }

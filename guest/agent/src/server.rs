@@ -14,7 +14,7 @@ use std::convert::Infallible;
 use std::io;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 /// How long a new connection may take to say hello.
@@ -36,6 +36,7 @@ pub struct Server {
     /// Inputs of jobs by the tags of their starts, of the active session.
     stdins: Mutex<HashMap<u64, Arc<Stdin>>>,
     handshakes: AtomicUsize,
+    ending: AtomicBool,
 }
 
 #[derive(Default)]
@@ -66,6 +67,7 @@ impl Server {
             active: Mutex::default(),
             stdins: Mutex::default(),
             handshakes: AtomicUsize::new(0),
+            ending: AtomicBool::new(false),
         });
         let theirs = server.clone();
         spawn("jobs", move || reactor.run(|| theirs.shutdown(crate::shutdown::SIGNAL_GRACE)))?;
@@ -209,7 +211,8 @@ impl Server {
 
     /// Ends everything, in a thread of its own. Only the first call has an effect.
     pub fn shutdown(self: &Arc<Self>, grace: Duration) {
-        if !self.jobs.close() {
+        self.jobs.close();
+        if self.ending.swap(true, Ordering::AcqRel) {
             return;
         }
         let this = self.clone();

@@ -1,6 +1,6 @@
 //! The machine's end.
 
-use crate::jobs::{Kill, wait_for_children};
+use crate::jobs::{signal_all, wait_for_children};
 use crate::server::Server;
 use std::sync::Arc;
 use std::time::Duration;
@@ -13,9 +13,9 @@ const LAST: Duration = Duration::from_secs(2);
 /// Ends every process, then the agent, and with it the container or the VM.
 pub fn run(server: &Arc<Server>, grace: Duration) -> ! {
     crate::log::line(format_args!("shutting down, {} ms grace", grace.as_millis()));
-    end_all(server, libc::SIGTERM);
+    end_all(libc::SIGTERM);
     if !wait_for_children(grace) {
-        end_all(server, libc::SIGKILL);
+        end_all(libc::SIGKILL);
         wait_for_children(LAST);
     }
     server.jobs().wait_for_ends(LAST);
@@ -30,14 +30,14 @@ pub fn run(server: &Arc<Server>, grace: Duration) -> ! {
     std::process::exit(0)
 }
 
-/// Sends a signal to all processes: as process 1 to everything in the machine, else to all jobs.
-fn end_all(server: &Arc<Server>, signal: i32) {
+/// Sends a signal to all processes: as process 1 to everything in the machine, else to what it started.
+fn end_all(signal: i32) {
     if std::process::id() == 1 {
         // SAFETY: kill takes no pointer. -1 is every process but this one, in this pid namespace.
         unsafe {
             libc::kill(-1, signal);
         }
     } else {
-        server.jobs().signal_all(signal, Kill::Descendants);
+        signal_all(signal);
     }
 }

@@ -13,6 +13,9 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
+/// The package manager's.
+const DATABASE: &str = "/var/lib/dpkg";
+
 /// Attributes of a directory of the mask: an overlay shows those of its top layer.
 type Attributes = (u32, u32, u32);
 
@@ -42,16 +45,37 @@ pub(super) fn trees(dir: &Path, roots: &[PathBuf], scan: &Scan, user: bool) -> i
         }
     }
     let mask = dir.join(format!("mask-{}", digest(&dirs, hidden)));
-    if !mask.exists() {
-        seal(&mask, |top| fill(top, &dirs, hidden, user))?;
-    }
+    seal(&mask, |top| fill(top, &dirs, hidden, user))?;
     let tree = |root: &PathBuf| {
         let below = root.strip_prefix("/").unwrap_or(root);
         let masked = mask.join(below);
-        let lower = [masked.is_dir().then_some(masked), Some(root.clone())];
+        let own = (user && root == Path::new(DATABASE)).then(|| database(dir)).transpose()?;
+        let lower = [own, masked.is_dir().then_some(masked), Some(root.clone())];
         Tree::new(&below.to_string_lossy(), lower.into_iter().flatten().collect())
     };
     roots.iter().map(tree).collect()
+}
+
+/// A copy of the files at the top of the package manager's database, the list of what is installed among them, as the
+/// user's own: dpkg makes hard links of these, which needs files whose owner the machine knows.
+fn database(dir: &Path) -> io::Result<PathBuf> {
+    let mut files = BTreeMap::new();
+    for entry in fs::read_dir(DATABASE)? {
+        let entry = entry?;
+        let meta = entry.metadata()?;
+        if meta.is_file() && meta.mode() & 0o004 != 0 {
+            files.insert(entry.file_name(), (meta.len(), meta.ino(), meta.mtime(), meta.mtime_nsec()));
+        }
+    }
+    let name = super::short(&Sha256::digest(format!("{files:?}")));
+    let made = dir.join(format!("dpkg-{name}"));
+    seal(&made, |top| {
+        for name in files.keys() {
+            fs::copy(Path::new(DATABASE).join(name), top.join(name))?;
+        }
+        fs::set_permissions(top, Permissions::from_mode(0o755))
+    })?;
+    Ok(made)
 }
 
 fn digest(dirs: &BTreeMap<PathBuf, Attributes>, hidden: &BTreeSet<PathBuf>) -> String {

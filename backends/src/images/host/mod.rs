@@ -84,9 +84,17 @@ impl Host {
     }
 }
 
-/// Makes the directory `path` whole or not at all: filled under another name, then renamed. What a crash left under
-/// such a name is removed first.
+/// Makes the directory `path`, when it is not there, whole or not at all: filled under another name, then renamed. What
+/// a crash left under such a name is removed first.
 fn seal(path: &Path, fill: impl FnOnce(&Path) -> io::Result<()>) -> io::Result<()> {
+    if path.exists() {
+        return Ok(());
+    }
+    let lock = fs::File::create(path.with_file_name("lock"))?;
+    lock.lock()?;
+    if path.exists() {
+        return Ok(());
+    }
     let mut name = path.file_name().unwrap_or_default().to_owned();
     name.push(".part");
     let part = path.with_file_name(name);

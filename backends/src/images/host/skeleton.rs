@@ -180,9 +180,7 @@ impl Skeleton {
         let (sources, complete) = sources(watch.as_ref())?;
         let generated = generated()?;
         let path = dir.join(format!("root-{}", digest(&sources, &generated, roots)?));
-        if !path.exists() {
-            seal(&path, |top| fill(top, &sources, &generated, roots, user))?;
-        }
+        seal(&path, |top| fill(top, &sources, &generated, roots, user))?;
         Ok(Self { path, roots: roots.to_vec(), watch: watch.filter(|_| complete) })
     }
 

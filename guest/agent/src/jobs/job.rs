@@ -3,7 +3,7 @@
 use super::processes;
 use super::script::Script;
 use crate::session::Stdin;
-use machinefs_protocol::job::{JobEnd, JobInfo, Source};
+use machinefs_protocol::job::{JobEnd, JobInfo, Source, record_header};
 use machinefs_protocol::joblog::{Cursor, JobLog, LogError};
 use parking_lot::Mutex;
 use rustix::fs::{MemfdFlags, Mode, OFlags};
@@ -161,12 +161,17 @@ impl Job {
         self.log.lock().cursor_at(offset)?.ok_or(JobError::Offset(offset))
     }
 
-    /// Records of its log, see [`JobLog::read_records`].
+    /// Records of its log, see [`JobLog::read_records`]; what follows a gap comes with it.
     ///
     /// # Errors
     /// Those of reading the log's file.
     pub fn read_records(&self, cursor: &mut Cursor, max: usize) -> Result<Vec<u8>, LogError> {
-        self.log.lock().read_records(cursor, max)
+        let log = self.log.lock();
+        let mut records = log.read_records(cursor, max)?;
+        if records.starts_with(&record_header(Source::Gap, 24)) {
+            records.extend(log.read_records(cursor, max - records.len())?);
+        }
+        Ok(records)
     }
 
     /// What is known of it.

@@ -177,15 +177,6 @@ impl Jobs {
         Ok(())
     }
 
-    /// Sends a signal to all running jobs.
-    pub fn signal_all(&self, signal: i32, to: Kill) {
-        let jobs: Vec<Arc<Job>> = self.table.lock().jobs.values().cloned().collect();
-        for job in jobs {
-            // Those that have ended are none of our concern.
-            let _ = self.signal_job(&job, signal, to);
-        }
-    }
-
     /// Drops a job; one that runs is killed with all its descendants first. Daemons an ended one left behind go on.
     ///
     /// # Errors
@@ -207,9 +198,9 @@ impl Jobs {
         Ok(())
     }
 
-    /// No more jobs are started. `false` when it was so already.
-    pub fn close(&self) -> bool {
-        !std::mem::replace(&mut self.table.lock().closed, true)
+    /// From now on no more jobs are started.
+    pub fn close(&self) {
+        self.table.lock().closed = true;
     }
 
     /// Waits until the ends of all jobs are known, but not longer than that.
@@ -267,6 +258,17 @@ impl Jobs {
 
     fn next_id(&self) -> u64 {
         self.next_id.fetch_add(1, Ordering::Relaxed)
+    }
+}
+
+/// Sends a signal to everything the jobs have started, also what ended ones left behind.
+pub fn signal_all(signal: i32) {
+    let mut descendants = processes::Descendants::of_agent();
+    if signal == libc::SIGKILL {
+        descendants.kill(100);
+    } else {
+        descendants.refresh();
+        descendants.signal(signal);
     }
 }
 

@@ -77,6 +77,11 @@ impl Descendants {
         Descendants { session: leader, known: HashMap::new() }
     }
 
+    /// Those of the agent itself: every process it ever made, as orphans come back to it.
+    pub fn of_agent() -> Descendants {
+        Descendants { session: i32::MIN, known: HashMap::new() }
+    }
+
     /// Looks for new ones. Gives the number of those that live.
     pub fn refresh(&mut self) -> usize {
         let all = living();
@@ -87,10 +92,11 @@ impl Descendants {
             .collect();
         let own = std::process::id() as i32;
         found.remove(&own);
+        let of_agent = self.session == i32::MIN;
         loop {
             let before = found.len();
             for p in &all {
-                if p.pid != own && found.contains_key(&p.parent) {
+                if p.pid != own && (found.contains_key(&p.parent) || (of_agent && p.parent == own)) {
                     found.insert(p.pid, p.start);
                 }
             }

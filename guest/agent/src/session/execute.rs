@@ -79,7 +79,10 @@ impl Connection {
                 plain(Reply::Ok)
             }
             Request::Info => plain(Reply::Info(crate::info::gather(&self.server))),
-            Request::Shutdown { .. } => plain(Reply::Ok),
+            Request::Shutdown { .. } => {
+                jobs.close();
+                plain(Reply::Ok)
+            }
             Request::SetClock { unix_nanos } => {
                 set_clock(*unix_nanos)?;
                 plain(Reply::Ok)

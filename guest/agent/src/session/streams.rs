@@ -4,7 +4,7 @@
 use super::Writer;
 use crate::jobs::Job;
 use machinefs_protocol::frame::{Kind, MAX_DATA, encode_meta};
-use machinefs_protocol::job::{INITIAL_CREDIT, JobEnd};
+use machinefs_protocol::job::{INITIAL_CREDIT, JobEnd, MAX_RECORD, RECORD_HEADER};
 use machinefs_protocol::joblog::{Cursor, LogError};
 use machinefs_protocol::message::{Credit, Event, Failure};
 use parking_lot::{Condvar, Mutex};
@@ -12,6 +12,9 @@ use std::collections::{HashMap, VecDeque};
 use std::io;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
+
+/// A stream with less credit than this waits for more. The credit returns in full, so it will come.
+const ENOUGH: usize = 2 * RECORD_HEADER + MAX_RECORD + 24;
 
 /// The streams of one connection.
 #[derive(Debug, Default)]
@@ -237,7 +240,9 @@ impl Streams {
                 // Asked before the log is read: an ended job's log does not grow.
                 let end = job.end();
                 let max = usize::try_from(credit).unwrap_or(usize::MAX).min(MAX_DATA);
-                let records = match job.read_records(&mut cursor, max) {
+                // With less credit than a gap and a record may need, it would go from gap to gap, with no output.
+                let records = if max < ENOUGH { Ok(Vec::new()) } else { job.read_records(&mut cursor, max) };
+                let records = match records {
                     Ok(records) => records,
                     Err(error) => return self.fail(tag, &error, writer),
                 };

@@ -113,6 +113,14 @@ pub struct Frame {
     pub data: Vec<u8>,
 }
 
+impl Frame {
+    /// What a credit frame gives.
+    pub fn credit(&self) -> u64 {
+        assert_eq!(self.header.kind, Kind::Credit);
+        decode_meta::<Credit>(&self.meta).unwrap().bytes
+    }
+}
+
 /// Reads one frame; `None` when the other side closed.
 pub fn read_frame(stream: &mut impl Read) -> Option<Frame> {
     let mut header = [0; HEADER_LEN];
@@ -162,6 +170,7 @@ pub struct Client {
     routes: Routes,
     pub events: Receiver<Event>,
     next_tag: AtomicU64,
+    followed: Mutex<HashMap<u64, JobEnd>>,
 }
 
 /// A request that is under way.
@@ -169,6 +178,8 @@ pub struct Pending {
     pub tag: u64,
     frames: Receiver<Frame>,
     first: Mutex<Option<Frame>>,
+    /// For a stream: whose.
+    job: u64,
 }
 
 impl Pending {
@@ -179,6 +190,10 @@ impl Pending {
     pub fn wait_for(&self, patience: Duration) -> Option<Result<(Reply, Vec<u8>), Failure>> {
         let first = self.first.lock().unwrap().take();
         let mut frame = first.or_else(|| self.frames.recv_timeout(patience).ok())?;
+        while frame.header.kind == Kind::Credit {
+            // A job may have read its input before its start is answered.
+            frame = self.frames.recv_timeout(patience).ok()?;
+        }
         if frame.header.kind == Kind::Error {
             return Some(Err(decode_meta(&frame.meta).unwrap()));
         }
@@ -200,6 +215,11 @@ impl Pending {
             *first = self.frames.try_recv().ok();
         }
         first.is_some()
+    }
+
+    /// The next frame under this tag, if it comes in time.
+    pub fn next_within(&self, patience: Duration) -> Option<Frame> {
+        self.frames.recv_timeout(patience).ok()
     }
 
     /// The next frame under this tag; `None` when the connection is closed.
@@ -240,7 +260,7 @@ impl Client {
             *theirs.lock().unwrap() = None;
         });
         let next_tag = AtomicU64::new(1);
-        Client { stream, hello, writer: Mutex::new(1), routes, events, next_tag }
+        Client { stream, hello, writer: Mutex::new(1), routes, events, next_tag, followed: Mutex::default() }
     }
 
     pub fn send_frame<T: serde::Serialize>(
@@ -271,7 +291,7 @@ impl Client {
             (now, rest) = rest.split_at(rest.len().min(MAX_DATA));
             self.send_frame(Kind::Body, more(rest), 0, tag, None::<&()>, now);
         }
-        Pending { tag, frames, first: Mutex::new(None) }
+        Pending { tag, frames, first: Mutex::new(None), job: 0 }
     }
 
     pub fn call(&self, request: &Request<'_>, body: &[u8]) -> Result<(Reply, Vec<u8>), Failure> {
@@ -301,7 +321,7 @@ impl Client {
         if let Some(routes) = &mut *self.routes.lock().unwrap() {
             routes.insert(tag, sender);
         }
-        Pending { tag, frames, first: Mutex::new(None) }
+        Pending { tag, frames, first: Mutex::new(None), job: 0 }
     }
 
     pub fn ping(&self) {
@@ -322,7 +342,8 @@ impl Client {
     }
 
     pub fn attach(&self, job: u64, offset: u64) -> Pending {
-        let pending = self.send(&Request::JobAttach { job, offset }, &[], 0);
+        let mut pending = self.send(&Request::JobAttach { job, offset }, &[], 0);
+        pending.job = job;
         assert_eq!(pending.wait().unwrap().0, Reply::Ok);
         pending
     }
@@ -338,20 +359,31 @@ impl Client {
         self.jobs().into_iter().find(|info| info.job == job).unwrap()
     }
 
-    /// The next end of a job.
+    /// The next end of a job that was not followed.
     pub fn ended(&self) -> (u64, JobEnd) {
-        let Event::JobEnded { job, end } = self.events.recv_timeout(PATIENCE).expect("an end in time");
-        (job, end)
+        loop {
+            let Event::JobEnded { job, end } = self.events.recv_timeout(PATIENCE).expect("an end in time");
+            if self.followed.lock().unwrap().get(&job) != Some(&end) {
+                return (job, end);
+            }
+        }
     }
 
-    /// Reads a stream into `log` until the job's end, which must be the next event.
+    /// Reads a stream into `log` until the job's end. That may be told twice: when the job ended before the stream
+    /// began, and after the last of the stream.
     pub fn follow(&self, stream: &Pending, log: &mut JobLog) -> JobEnd {
+        let mut ended = None;
         loop {
-            if let Ok(Event::JobEnded { end, .. }) = self.events.try_recv() {
-                while let Ok(frame) = stream.frames.try_recv() {
-                    log.append_records(&frame.data).unwrap();
-                }
-                assert_eq!(log.end(), end.log_end);
+            if let Ok(Event::JobEnded { job, end }) = self.events.try_recv()
+                && (self.followed.lock().unwrap().get(&job) != Some(&end) || stream.job == job)
+            {
+                assert_eq!(job, stream.job);
+                ended = Some(end);
+            }
+            if let Some(end) = ended
+                && log.end() == end.log_end
+            {
+                self.followed.lock().unwrap().insert(stream.job, end);
                 return end;
             }
             if let Ok(frame) = stream.frames.recv_timeout(Duration::from_millis(5)) {
