@@ -2,15 +2,13 @@
 
 use super::error::MachineError;
 use super::events::stamp;
+use super::output::{Output, OutputReader, expected_sizes, new_log, open_log, sizes, which};
 use super::store::JobRow;
 use super::watch::Watch;
 use machinefs_protocol::job::{ExitReason, JobEnd};
-pub use machinefs_protocol::joblog::Filter as Output;
-use machinefs_protocol::joblog::{self, Cursor, JobLog, LogError};
+use machinefs_protocol::joblog::{JobLog, LogError};
 use parking_lot::Mutex;
-use std::fs::{File, OpenOptions};
 use std::io;
-use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
@@ -44,14 +42,16 @@ enum Command {
 
 enum Log {
     Live(Arc<Mutex<JobLog>>),
-    /// In its file, with the lengths of the three readings.
-    Saved([u64; 3]),
+    /// In its file, which is opened by who reads it.
+    Saved,
 }
 
 struct Inner {
     phase: Phase,
     command: Command,
     log: Log,
+    /// Lengths of the three readings. Beside the log, since its lock is held while it is written to the disk.
+    sizes: [u64; 3],
     modified: SystemTime,
     pid: u32,
     started_ms: Option<u64>,
@@ -75,14 +75,6 @@ fn from_millis(millis: u64) -> SystemTime {
     SystemTime::UNIX_EPOCH.checked_add(Duration::from_millis(millis)).unwrap_or(SystemTime::UNIX_EPOCH)
 }
 
-fn which(output: Output) -> usize {
-    match output {
-        Output::All => 0,
-        Output::Stdout => 1,
-        Output::Stderr => 2,
-    }
-}
-
 impl Job {
     /// A job whose text is about to be written. Its output goes to `dir`.
     pub(super) fn new(number: u64, uid: u32, dir: &Path, limit: u64) -> Job {
@@ -90,6 +82,7 @@ impl Job {
             phase: Phase::Writing,
             command: Command::Memory(Vec::new()),
             log: Log::Live(Arc::new(Mutex::new(new_log(dir, number, limit)))),
+            sizes: [0; 3],
             modified: SystemTime::now(),
             pid: 0,
             started_ms: None,
@@ -112,7 +105,8 @@ impl Job {
             };
             if inner.phase != Phase::Queued {
                 let sizes = open_log(dir, row.number).and_then(|log| sizes(&log).map_err(io::Error::from));
-                inner.log = Log::Saved(sizes.unwrap_or([0; 3]));
+                inner.log = Log::Saved;
+                inner.sizes = sizes.unwrap_or([0; 3]);
             }
         }
         Job { created: from_millis(row.created_ms as u64), ..job }
@@ -252,18 +246,30 @@ impl Job {
 
     /// Where the log goes on, in log bytes.
     pub(super) fn log_end(&self) -> u64 {
+        match self.live_log() {
+            Some(log) => log.lock().end(),
+            None => u64::MAX,
+        }
+    }
+
+    fn live_log(&self) -> Option<Arc<Mutex<JobLog>>> {
         match &self.inner.lock().log {
-            Log::Live(log) => log.lock().end(),
-            Log::Saved(_) => u64::MAX,
+            Log::Live(log) => Some(log.clone()),
+            Log::Saved => None,
         }
     }
 
     /// Takes records from the agent.
     pub(super) fn append(&self, records: &[u8]) -> Result<(), LogError> {
+        let Some(log) = self.live_log() else { return Ok(()) };
+        let sizes = {
+            let mut log = log.lock();
+            log.append_records(records)?;
+            expected_sizes(&log)
+        };
         {
             let mut inner = self.inner.lock();
-            let Log::Live(log) = &inner.log else { return Ok(()) };
-            log.lock().append_records(records)?;
+            inner.sizes = sizes;
             inner.modified = SystemTime::now();
         }
         self.watch.notify();
@@ -272,28 +278,21 @@ impl Job {
 
     /// Puts the log into its file and frees the memory. Writes to the disk.
     pub(super) fn save_log(&self) -> Result<(), LogError> {
-        let Log::Live(log) = &self.inner.lock().log else { return Ok(()) };
-        let log = log.clone();
+        let Some(log) = self.live_log() else { return Ok(()) };
         let sizes = {
             let mut log = log.lock();
             log.save()?;
             sizes(&log)?
         };
-        self.inner.lock().log = Log::Saved(sizes);
+        let mut inner = self.inner.lock();
+        inner.log = Log::Saved;
+        inner.sizes = sizes;
         Ok(())
     }
 
     /// Bytes a reader would get by now.
     pub fn output_len(&self, output: Output) -> u64 {
-        match &self.inner.lock().log {
-            Log::Live(log) => {
-                let log = log.lock();
-                let lost = log.lost().of(output);
-                let mark = if lost == 0 { 0 } else { gap_text(lost).len() as u64 };
-                log.totals().of(output).saturating_sub(lost) + mark
-            }
-            Log::Saved(sizes) => sizes[which(output)],
-        }
+        self.inner.lock().sizes[which(output)]
     }
 
     /// Bytes on the host's disk, about.
@@ -303,13 +302,13 @@ impl Job {
 
     /// A private cursor, from the first byte.
     pub fn reader(self: &Arc<Self>, output: Output) -> OutputReader {
-        OutputReader { job: self.clone(), log: None, output, cursor: Cursor::start(), pending: Vec::new(), position: 0 }
+        OutputReader::new(self.clone(), output)
     }
 
-    fn open(&self) -> io::Result<Arc<Mutex<JobLog>>> {
-        match &self.inner.lock().log {
-            Log::Live(log) => Ok(log.clone()),
-            Log::Saved(_) => Ok(Arc::new(Mutex::new(open_log(&self.dir, self.number)?))),
+    pub(super) fn open_log(&self) -> io::Result<Arc<Mutex<JobLog>>> {
+        match self.live_log() {
+            Some(log) => Ok(log),
+            None => Ok(Arc::new(Mutex::new(open_log(&self.dir, self.number)?))),
         }
     }
 
@@ -371,43 +370,6 @@ impl Job {
     }
 }
 
-fn new_log(dir: &Path, number: u64, limit: u64) -> JobLog {
-    let path = dir.join(format!("{number}.log"));
-    JobLog::new(
-        limit,
-        Box::new(move || OpenOptions::new().read(true).write(true).create(true).truncate(true).mode(0o600).open(&path)),
-    )
-}
-
-fn open_log(dir: &Path, number: u64) -> io::Result<JobLog> {
-    let file = File::open(dir.join(format!("{number}.log")))?;
-    Ok(JobLog::load(file)?)
-}
-
-fn sizes(log: &JobLog) -> Result<[u64; 3], LogError> {
-    let mut sizes = [0; 3];
-    for output in [Output::All, Output::Stdout, Output::Stderr] {
-        if log.lost().of(output) == 0 {
-            sizes[which(output)] = log.totals().of(output);
-            continue;
-        }
-        let mut cursor = Cursor::start();
-        loop {
-            sizes[which(output)] += match log.read_source(&mut cursor, output, 1 << 20)? {
-                joblog::Chunk::Data(bytes) if bytes.is_empty() => break,
-                joblog::Chunk::Data(bytes) => bytes.len() as u64,
-                joblog::Chunk::Gap(lost) => gap_text(lost.of(output)).len() as u64,
-            };
-        }
-    }
-    Ok(sizes)
-}
-
-/// What stands in the output where some of it was not kept.
-fn gap_text(lost: u64) -> String {
-    format!("\n[machinefs: {lost} bytes were not kept, see config/output_limit]\n")
-}
-
 /// The words for how it ended.
 fn reason_text(reason: ExitReason) -> String {
     match reason {
@@ -444,113 +406,9 @@ fn parse_end(end: &str, ended_ms: u64, cpu_micros: u64, max_rss_kib: u64) -> Pha
     Phase::Ended(JobEnd { reason, log_end: 0, cpu_micros, max_rss_kib, ended_ms })
 }
 
-/// What a read of a job's output gives.
-#[derive(Debug, PartialEq, Eq)]
-pub enum Chunk {
-    /// Bytes; never empty.
-    Data(Vec<u8>),
-    /// Nothing yet.
-    Pending,
-    /// It has ended, and this was all.
-    End,
-}
-
-/// A private cursor in a job's output.
-pub struct OutputReader {
-    job: Arc<Job>,
-    log: Option<Arc<Mutex<JobLog>>>,
-    output: Output,
-    cursor: Cursor,
-    /// The rest of the text that marks a gap.
-    pending: Vec<u8>,
-    /// Bytes given so far.
-    position: u64,
-}
-
-impl OutputReader {
-    /// The next bytes. Reads a file at most (the page cache), never waits for the job.
-    ///
-    /// # Errors
-    /// The spool on the host's disk cannot be read.
-    pub fn next(&mut self, max: usize) -> Result<Chunk, MachineError> {
-        if max == 0 {
-            return Ok(Chunk::Pending);
-        }
-        if !self.pending.is_empty() {
-            let rest = self.pending.split_off(max.min(self.pending.len()));
-            let bytes = std::mem::replace(&mut self.pending, rest);
-            return Ok(self.give(bytes));
-        }
-        // Asked before the log is read: what came before the end was in the log before that.
-        let done = self.job.is_done();
-        let spool = |error: &dyn std::fmt::Display| MachineError::no_space(format!("the host's spool: {error}"));
-        let log = match &self.log {
-            Some(log) => log.clone(),
-            None => {
-                let log = match self.job.open() {
-                    Ok(log) => log,
-                    // Nothing was ever saved of a job that was lost before it printed anything.
-                    Err(error) if error.kind() == io::ErrorKind::NotFound && done => return Ok(Chunk::End),
-                    Err(error) => return Err(spool(&error)),
-                };
-                self.log.insert(log).clone()
-            }
-        };
-        let chunk = log.lock().read_source(&mut self.cursor, self.output, max).map_err(|error| spool(&error))?;
-        match chunk {
-            joblog::Chunk::Data(bytes) if !bytes.is_empty() => Ok(self.give(bytes)),
-            joblog::Chunk::Data(_) if done => Ok(Chunk::End),
-            joblog::Chunk::Data(_) => Ok(Chunk::Pending),
-            joblog::Chunk::Gap(lost) => {
-                self.pending = gap_text(lost.of(self.output)).into_bytes();
-                self.next(max)
-            }
-        }
-    }
-
-    fn give(&mut self, bytes: Vec<u8>) -> Chunk {
-        self.position += bytes.len() as u64;
-        Chunk::Data(bytes)
-    }
-
-    /// Whether [`OutputReader::next`] would give bytes or the end.
-    pub fn is_ready(&self) -> bool {
-        !self.pending.is_empty() || self.job.is_done() || self.position < self.job.output_len(self.output)
-    }
-
-    /// The job it reads.
-    pub fn job(&self) -> &Arc<Job> {
-        &self.job
-    }
-
-    /// Bytes from an offset on, of a job that has ended; empty at the end.
-    ///
-    /// # Errors
-    /// As [`OutputReader::next`].
-    pub fn read_at(&mut self, offset: u64, max: usize) -> Result<Vec<u8>, MachineError> {
-        if offset < self.position {
-            *self = OutputReader { log: self.log.take(), ..self.job.reader(self.output) };
-        }
-        while self.position < offset {
-            let skip = (offset - self.position).min(1 << 20) as usize;
-            if !matches!(self.next(skip)?, Chunk::Data(_)) {
-                return Ok(Vec::new());
-            }
-        }
-        let mut found = Vec::new();
-        while found.len() < max {
-            match self.next(max - found.len())? {
-                Chunk::Data(bytes) if found.is_empty() => found = bytes,
-                Chunk::Data(bytes) => found.extend_from_slice(&bytes),
-                Chunk::Pending | Chunk::End => break,
-            }
-        }
-        Ok(found)
-    }
-}
-
 #[cfg(test)]
 mod tests {
+    use super::super::output::Chunk;
     use super::*;
     use machinefs_protocol::job::{Source, record_header};
 

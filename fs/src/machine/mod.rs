@@ -7,6 +7,7 @@ pub mod events;
 mod info;
 pub mod job;
 pub mod jobs;
+pub mod output;
 pub mod registry;
 mod runner;
 pub mod state;

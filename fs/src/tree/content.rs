@@ -6,7 +6,8 @@ use super::value::value_text;
 use super::wait::Wanted;
 use crate::machine::Machine;
 use crate::machine::config::ConfigKey;
-use crate::machine::job::{Job, Output};
+use crate::machine::job::Job;
+use crate::machine::output::Output;
 use std::sync::Arc;
 
 /// Content of a control file.

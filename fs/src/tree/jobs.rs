@@ -2,7 +2,8 @@
 
 use super::content::Content;
 use super::node::{Control, Kind, MAX_SUB};
-use crate::machine::job::{Job, Output};
+use crate::machine::job::Job;
+use crate::machine::output::Output;
 use std::sync::Arc;
 use std::time::SystemTime;
 

@@ -4,7 +4,7 @@ use super::content::Content;
 use super::ctl::usage;
 use super::logs::LogRef;
 use super::node::Kind;
-use crate::machine::job::Output;
+use crate::machine::output::Output;
 use crate::machine::{Machine, VERBS};
 use std::sync::Arc;
 use std::time::SystemTime;

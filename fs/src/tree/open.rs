@@ -11,7 +11,8 @@ use super::stream::{Once, Stream, Taken, exit_text};
 use super::text::{Owner, Text, slice};
 use super::value::ValueFile;
 use crate::errno::Errno;
-use crate::machine::job::{Job, Output, OutputReader};
+use crate::machine::job::Job;
+use crate::machine::output::{Output, OutputReader};
 use dashmap::DashMap;
 use parking_lot::Mutex;
 use std::sync::Arc;
@@ -116,12 +117,6 @@ impl OpenTable {
     /// Takes the open file out of the table.
     pub fn remove(&self, node: NodeId, handle: u64) -> Option<Arc<OpenFile>> {
         self.files.remove_if(&handle, |_, file| file.node == node).map(|(_, file)| file)
-    }
-
-    /// How many are open.
-    #[cfg(test)]
-    pub fn len(&self) -> usize {
-        self.files.len()
     }
 }
 

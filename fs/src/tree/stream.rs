@@ -5,7 +5,8 @@ use super::pending::Watched;
 use super::wait::Wanted;
 use crate::errno::Errno;
 use crate::machine::Machine;
-use crate::machine::job::{Chunk, Job, Output, OutputReader};
+use crate::machine::job::Job;
+use crate::machine::output::{Chunk, Output, OutputReader};
 use crate::machine::textlog::LogCursor;
 use std::sync::Arc;
 

@@ -16,7 +16,7 @@ const NOBODY: u32 = 65534;
 
 /// The node of a guest's file as the kernel holds it: the top bit, the boot, the agent's number.
 pub(super) fn node_id(epoch: u32, node: u64) -> NodeId {
-    GUEST | u64::from(epoch % MAX_EPOCH) << NODE_BITS | node % MAX_NODE
+    GUEST | (u64::from(epoch % MAX_EPOCH) << NODE_BITS) | (node % MAX_NODE)
 }
 
 /// The boot in a node.
