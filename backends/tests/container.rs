@@ -6,10 +6,9 @@ mod support;
 
 use machinefs_backends::{Adopted, Backend, BackendError, Level};
 use std::fs;
-
 use std::process::{Command, Stdio};
 use std::time::Duration;
-use support::{Rig, eventually, leftovers};
+use support::{Rig, eventually, futures_block, leftovers};
 
 fn alive(running: &machinefs_backends::Running) -> bool {
     let mut fds = [rustix::event::PollFd::new(&running.pidfd, rustix::event::PollFlags::IN)];
@@ -52,11 +51,6 @@ async fn life_of_a_machine() {
     eventually("the end", || !alive(&running));
     rig.backend.start(&spec).await.unwrap();
     rig.finish().await;
-}
-
-/// For a closure of a test that is not async.
-fn futures_block<T>(future: impl Future<Output = T>) -> T {
-    tokio::task::block_in_place(|| tokio::runtime::Handle::current().block_on(future))
 }
 
 #[tokio::test(flavor = "multi_thread")]

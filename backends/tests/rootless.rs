@@ -6,10 +6,11 @@ mod support;
 
 use machinefs_backends::{Adopted, Backend};
 use std::fs;
+use std::io::Write;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
 use std::path::Path;
 use std::process::Command;
-use support::Rig;
+use support::{Rig, futures_block};
 
 const USER: &str = "mfstest";
 
@@ -118,8 +119,14 @@ async fn machine_of_a_user() {
         printf '#!/bin/sh\\necho installed\\n' > p/usr/bin/mfs-test; chmod 755 p/usr/bin/mfs-test; \
         dpkg-deb --build p p.deb >/dev/null; dpkg -i p.deb >/dev/null; mfs-test; dpkg -r mfs-test >/dev/null";
     assert_eq!(rig.ok(&spec, package).await, "installed\n");
-    let usage = rig.backend.usage(&spec).await.unwrap();
-    assert!(usage.cpu_micros > 0 && usage.memory > 0 && usage.pids >= 1, "{usage:?}");
+    // Processor time is counted in ticks here, and for what lives or was waited for.
+    let mut busy = rig.backend.connect(&spec).await.unwrap();
+    busy.write_all(b"while :; do :; done\0").unwrap();
+    let usage = || futures_block(rig.backend.usage(&spec)).unwrap();
+    support::eventually("some use of a processor", || usage().cpu_micros > 0);
+    let usage = usage();
+    assert!(usage.memory > 0 && usage.pids >= 2, "{usage:?}");
+    drop(busy);
     // Nothing private of the host.
     let closed = "find /usr /opt /var/lib/dpkg -xdev ! -type l \\( ! -perm -004 -o -type d ! -perm -005 \\) | head";
     let closed = rig.ok(&spec, closed).await;

@@ -1,7 +1,6 @@
 //! Whom a daemon and its clients run as.
 
 use crate::skip::{What, note};
-use std::ffi::CString;
 use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::Command;
@@ -115,16 +114,7 @@ pub fn become_identity(command: &mut Command, identity: &Identity) {
     if !am_root() || identity.uid == 0 {
         return;
     }
-    let (uid, gid) = (identity.uid, identity.gid);
-    let name = CString::new(identity.name.clone()).unwrap_or_default();
-    // SAFETY: only async-signal-safe system calls and no allocation between fork and exec, but for initgroups, which
-    // reads /etc/group: the child has one thread, and glibc keeps malloc usable after fork.
-    unsafe {
-        command.pre_exec(move || {
-            if libc::initgroups(name.as_ptr(), gid) != 0 || libc::setgid(gid) != 0 || libc::setuid(uid) != 0 {
-                return Err(std::io::Error::last_os_error());
-            }
-            Ok(())
-        });
-    }
+    // Without supplementary groups. Before the change of directory, unlike what pre_exec does: root is kept out of the
+    // mounts of others.
+    command.uid(identity.uid).gid(identity.gid);
 }

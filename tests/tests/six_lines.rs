@@ -132,7 +132,7 @@ each_user! {
         let fields: Vec<&str> = line.split_whitespace().collect();
         assert_eq!(fields[0], job, "{history}");
         assert_eq!(fields[3], "5", "{history}");
-        assert_eq!(fields[4], d.identity.name, "{history}");
+        assert_eq!(fields[4], d.identity.uid.to_string(), "{history}");
         assert!(line.contains("to-out"), "{history}");
     }
 }

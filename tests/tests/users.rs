@@ -43,8 +43,9 @@ fn every_user_owns_what_they_make() {
         m.name, theirs, other.name
     );
     d.exec_as(&other, &["bash", "-c", &script]).ok();
-    // History names who it was.
-    assert!(d.read(&format!("{theirs}/history")).contains(&other.name));
+    // History tells who it was.
+    let history = d.read(&format!("{theirs}/history"));
+    assert_eq!(history.split_whitespace().nth(4), Some(&*other.uid.to_string()), "{history}");
     d.exec_as(&other, &["rmdir", &d.path(&theirs)]).ok();
     d.exec(&["test", "!", "-e", &theirs]).ok();
 }

@@ -16,9 +16,17 @@ pub const INTERRUPT: libc::c_int = libc::SIGUSR1;
 pub fn prepare() -> io::Result<()> {
     open_standard_descriptors()?;
     let set = signal_set(&SIGNALS);
-    // SAFETY: `set` is initialised; no old set is asked for.
-    if unsafe { libc::pthread_sigmask(libc::SIG_BLOCK, &set, std::ptr::null_mut()) } != 0 {
-        return Err(io::Error::last_os_error());
+    // Whoever started the agent may have blocked or ignored anything. With SIGCHLD ignored no end of a child could be
+    // waited for, with the others of these ignored they would be lost.
+    // SAFETY: `set` is initialised; no old set is asked for; the numbers are valid signals.
+    unsafe {
+        let errno = libc::pthread_sigmask(libc::SIG_SETMASK, &set, std::ptr::null_mut());
+        if errno != 0 {
+            return Err(io::Error::from_raw_os_error(errno));
+        }
+        for signal in SIGNALS {
+            libc::signal(signal, libc::SIG_DFL);
+        }
     }
     install_interrupt()?;
     raise_open_files();

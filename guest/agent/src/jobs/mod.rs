@@ -53,7 +53,7 @@ pub struct Jobs {
 #[derive(Default)]
 struct Table {
     jobs: BTreeMap<u64, Arc<Job>>,
-    /// Numbers of ended jobs, oldest first, some of which may have been forgotten.
+    /// Ended jobs, oldest first.
     ended: VecDeque<Ended>,
     memory: usize,
     files: usize,
@@ -67,22 +67,29 @@ struct Ended {
 }
 
 impl Table {
-    /// Drops the oldest ended jobs until the limits are kept, and forgotten ones at the front.
-    fn trim(&mut self) {
-        loop {
-            let over = self.ended.len() > MAX_ENDED || self.memory > MAX_ENDED_MEMORY || self.files > MAX_ENDED_FILES;
-            match self.ended.front() {
-                Some(ended) if over || ended.job.is_forgotten() => {}
-                _ => break,
-            }
-            if let Some(ended) = self.ended.pop_front() {
-                self.memory -= ended.memory;
-                self.files -= usize::from(ended.in_file);
-                if !ended.job.is_forgotten() {
-                    self.jobs.remove(&ended.job.number());
-                }
-            }
+    /// Keeps an ended job, at the cost of the oldest ones where there are too many.
+    fn keep(&mut self, ended: Ended) {
+        self.memory += ended.memory;
+        self.files += usize::from(ended.in_file);
+        self.ended.push_back(ended);
+        while self.ended.len() > MAX_ENDED || self.memory > MAX_ENDED_MEMORY || self.files > MAX_ENDED_FILES {
+            let Some(oldest) = self.ended.pop_front() else { break };
+            self.uncount(&oldest);
+            self.jobs.remove(&oldest.job.number());
         }
+    }
+
+    /// Drops a job if it has ended.
+    fn forget(&mut self, job: &Arc<Job>) {
+        let place = self.ended.iter().position(|ended| Arc::ptr_eq(&ended.job, job));
+        if let Some(ended) = place.and_then(|place| self.ended.remove(place)) {
+            self.uncount(&ended);
+        }
+    }
+
+    fn uncount(&mut self, ended: &Ended) {
+        self.memory -= ended.memory;
+        self.files -= usize::from(ended.in_file);
     }
 }
 
@@ -178,15 +185,16 @@ impl Jobs {
     }
 
     /// Drops a job; one that runs is killed with all its descendants first. Daemons an ended one left behind go on.
+    /// Gives the tag its input came under, if it had one.
     ///
     /// # Errors
     /// [`JobError::NoJob`].
-    pub fn forget(&self, number: u64) -> Result<(), JobError> {
+    pub fn forget(&self, number: u64) -> Result<Option<u64>, JobError> {
         let job = {
             let mut table = self.table.lock();
             let job = table.jobs.remove(&number).ok_or(JobError::NoJob(number))?;
             job.forget();
-            table.trim();
+            table.forget(&job);
             job
         };
         if let Some(streams) = self.streams.lock().clone() {
@@ -195,7 +203,7 @@ impl Jobs {
         if job.end().is_none() {
             let _ = self.signal_job(&job, libc::SIGKILL, Kill::Descendants);
         }
-        Ok(())
+        Ok(job.stdin.as_ref().map(|(tag, _)| *tag))
     }
 
     /// From now on no more jobs are started.
@@ -243,15 +251,15 @@ impl Jobs {
     fn has_ended(&self, job: &Arc<Job>, end: JobEnd) {
         job.set_end(end);
         let (memory, in_file) = job.log_size();
-        let mut table = self.table.lock();
-        table.memory += memory;
-        table.files += usize::from(in_file);
-        table.ended.push_back(Ended { job: job.clone(), memory, in_file });
-        table.trim();
-        drop(table);
-        if !job.is_forgotten()
-            && let Some(streams) = &*self.streams.lock()
-        {
+        let forgotten = {
+            let mut table = self.table.lock();
+            let forgotten = job.is_forgotten();
+            if !forgotten {
+                table.keep(Ended { job: job.clone(), memory, in_file });
+            }
+            forgotten
+        };
+        if !forgotten && let Some(streams) = &*self.streams.lock() {
             streams.ended(job.number(), end);
         }
     }

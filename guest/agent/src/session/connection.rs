@@ -31,8 +31,10 @@ const IDLE_THREADS: usize = 4;
 const IDLE_TIME: Duration = Duration::from_secs(5);
 /// Requests read and not begun, at most.
 const MAX_QUEUE: usize = 16 * 1024;
-/// Bytes of bodies that are being received or waiting, at most.
-const MAX_BODIES: usize = 64 * 1024 * 1024;
+/// Bytes of requests that are being received or waiting, at most.
+const MAX_BYTES: usize = 64 * 1024 * 1024;
+/// What a request takes besides its bytes, roughly.
+const OVERHEAD: usize = 512;
 
 /// A request, complete.
 #[derive(Debug)]
@@ -52,6 +54,13 @@ pub struct Work {
     lock_wait: bool,
 }
 
+impl Work {
+    /// The memory it takes, in bytes.
+    fn size(&self) -> usize {
+        self.meta.len() + self.body.len() + OVERHEAD
+    }
+}
+
 /// Why a connection is closed by us.
 #[derive(Debug, Error)]
 enum Violation {
@@ -63,6 +72,8 @@ enum Violation {
     Tag(u64),
     #[error("body without a request, tag {0}")]
     Body(u64),
+    #[error("data of a stream before the end of its request, tag {0}")]
+    Early(u64),
     #[error("bodies over the limit")]
     TooMuch,
     #[error("stream {0}: more than its credit")]
@@ -180,7 +191,7 @@ impl Connection {
         let mut pool = self.pool.lock();
         loop {
             if let Some(work) = pool.queue.pop_front() {
-                pool.queued_bytes -= work.body.len();
+                pool.queued_bytes -= work.size();
                 self.run(pool, &work);
             } else if self.closed.load(Ordering::Acquire) {
                 break;
@@ -251,12 +262,12 @@ impl Connection {
                 }
                 return self.run(pool, &work);
             }
-            if pool.queue.len() >= MAX_QUEUE || pool.queued_bytes + work.body.len() > MAX_BODIES {
+            if pool.queue.len() >= MAX_QUEUE || pool.queued_bytes + work.size() > MAX_BYTES {
                 drop(pool);
                 self.refuse(&work, libc::EBUSY);
                 continue;
             }
-            pool.queued_bytes += work.body.len();
+            pool.queued_bytes += work.size();
             pool.queue.push_back(work);
         }
     }
@@ -285,21 +296,21 @@ impl Connection {
         let more = header.flags & FLAG_MORE != 0;
         match header.kind {
             Kind::Request => {
-                let state = self.requests.add(tag).ok_or(Violation::Tag(tag))?;
+                let state = self.requests.add(tag, starts_job(&meta)).ok_or(Violation::Tag(tag))?;
                 let lock_wait = waits_for_lock(&meta);
                 let (deadline_ms, arrived) = (header.deadline_ms, Instant::now());
                 let work = Work { tag, meta, body: data, deadline_ms, arrived, state, lock_wait };
                 if !more {
                     return Ok(Some(work));
                 }
-                leader.partial_bytes += work.body.len() + work.meta.len();
+                leader.partial_bytes += work.size();
                 leader.partial.insert(tag, work);
-                if leader.partial_bytes > MAX_BODIES { Err(Violation::TooMuch) } else { Ok(None) }
+                if leader.partial_bytes > MAX_BYTES { Err(Violation::TooMuch) } else { Ok(None) }
             }
             Kind::Body => {
                 let work = leader.partial.get_mut(&tag).ok_or(Violation::Body(tag))?;
                 leader.partial_bytes += data.len();
-                if leader.partial_bytes > MAX_BODIES || work.body.len() + data.len() > MAX_BODY {
+                if leader.partial_bytes > MAX_BYTES || work.body.len() + data.len() > MAX_BODY {
                     return Err(Violation::TooMuch);
                 }
                 work.body.extend_from_slice(&data);
@@ -307,7 +318,7 @@ impl Connection {
                     return Ok(None);
                 }
                 let work = leader.partial.remove(&tag);
-                leader.partial_bytes -= work.as_ref().map_or(0, |work| work.body.len() + work.meta.len());
+                leader.partial_bytes -= work.as_ref().map_or(0, Work::size);
                 Ok(work)
             }
             Kind::Cancel => {
@@ -321,8 +332,12 @@ impl Connection {
                 Ok(None)
             }
             Kind::Data => {
-                let in_flight = self.requests.contains(tag);
-                if let Some(stdin) = self.server.stdin_of(tag, in_flight) {
+                if leader.partial.contains_key(&tag) {
+                    return Err(Violation::Early(tag));
+                }
+                // A job's input may come right behind the request that starts it.
+                let early = self.requests.feed(tag, || self.server.stdin_of(tag, true));
+                if let Some(stdin) = early.unwrap_or_else(|| self.server.stdin_of(tag, false)) {
                     let dropped = stdin.push(data).map_err(|_| Violation::Credit(tag))?;
                     self.streams.give(tag, dropped);
                     self.server.jobs().feed(&stdin);
@@ -351,4 +366,30 @@ impl Connection {
 fn waits_for_lock(meta: &[u8]) -> bool {
     // Only such short messages are decoded twice.
     meta.len() <= 64 && matches!(decode_meta(meta), Ok(Request::File(FileRequest::SetLock { wait: true, .. })))
+}
+
+/// Whether a request starts a job. Such messages are long, so only the variant is decoded, which comes first.
+fn starts_job(meta: &[u8]) -> bool {
+    meta.first() == Some(&JOB_START)
+}
+
+/// The variant's place in [`Request`].
+const JOB_START: u8 = 2;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use machinefs_protocol::frame::encode_meta;
+    use machinefs_protocol::job::JobSpec;
+
+    #[test]
+    fn starts_are_told_from_their_first_byte() {
+        let mut meta = Vec::new();
+        encode_meta(&Request::JobStart { job: 7, spec: JobSpec::default() }, &mut meta).unwrap();
+        assert!(starts_job(&meta));
+        for other in [Request::Ping, Request::JobAttach { job: 7, offset: 0 }, Request::JobList] {
+            encode_meta(&other, &mut meta).unwrap();
+            assert!(!starts_job(&meta));
+        }
+    }
 }

@@ -67,6 +67,7 @@ impl Connection {
             Request::JobAttach { job, offset } => {
                 let job = jobs.get(*job)?;
                 job.cursor_at(*offset)?;
+                self.streams.check(tag).map_err(|error| failure(error.errno(), error.to_string()))?;
                 plain(Reply::Ok)
             }
             Request::JobSignal { job, signal, all } => {
@@ -75,7 +76,9 @@ impl Connection {
             }
             Request::JobList => plain(Reply::Jobs(jobs.list())),
             Request::JobForget { job } => {
-                jobs.forget(*job)?;
+                if let Some(input) = jobs.forget(*job)? {
+                    self.server.drop_stdin(input);
+                }
                 plain(Reply::Ok)
             }
             Request::Info => plain(Reply::Info(crate::info::gather(&self.server))),

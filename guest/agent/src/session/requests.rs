@@ -13,6 +13,8 @@ use std::time::Duration;
 #[derive(Debug, Default)]
 pub struct InFlight {
     cancelled: AtomicBool,
+    /// It starts a job, whose input may come right behind it.
+    starts_job: bool,
     phase: Mutex<Phase>,
 }
 
@@ -62,16 +64,20 @@ pub struct Requests(Mutex<HashMap<u64, Arc<InFlight>>>);
 
 impl Requests {
     /// Adds a request; `None` when one of that tag is still there.
-    pub fn add(&self, tag: u64) -> Option<Arc<InFlight>> {
+    pub fn add(&self, tag: u64, starts_job: bool) -> Option<Arc<InFlight>> {
         match self.0.lock().entry(tag) {
             Entry::Occupied(_) => None,
-            Entry::Vacant(vacant) => Some(vacant.insert(Arc::default()).clone()),
+            Entry::Vacant(vacant) => {
+                let request = Arc::new(InFlight { starts_job, ..InFlight::default() });
+                Some(vacant.insert(request).clone())
+            }
         }
     }
 
-    /// Whether a request of that tag is there.
-    pub fn contains(&self, tag: u64) -> bool {
-        self.0.lock().contains_key(&tag)
+    /// Does something for data under the tag of a request that starts a job, if that is there; it cannot end meanwhile.
+    pub fn feed<T>(&self, tag: u64, work: impl FnOnce() -> T) -> Option<T> {
+        let requests = self.0.lock();
+        requests.get(&tag).filter(|request| request.starts_job).map(|_| work())
     }
 
     /// Removes an executed request.
@@ -105,7 +111,9 @@ pub struct Interrupter {
 
 impl Interrupter {
     fn cancel(&self, request: Arc<InFlight>) {
-        request.cancelled.store(true, Ordering::Release);
+        if request.cancelled.swap(true, Ordering::AcqRel) {
+            return;
+        }
         // A request that has not begun will look at the flag before it does.
         if request.interrupt() {
             self.pending.lock().push(request);

@@ -12,9 +12,34 @@ use std::collections::{HashMap, VecDeque};
 use std::io;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
+use thiserror::Error;
+
+/// Streams of one connection, at most.
+const MAX_STREAMS: usize = 16 * 1024;
 
 /// A stream with less credit than this waits for more. The credit returns in full, so it will come.
 const ENOUGH: usize = 2 * RECORD_HEADER + MAX_RECORD + 24;
+
+/// Why a stream cannot begin.
+#[derive(Debug, Error)]
+pub enum StreamError {
+    /// There is one under that tag.
+    #[error("there is a stream of that number")]
+    Taken,
+    /// There are as many as there may be.
+    #[error("too many streams at once")]
+    TooMany,
+}
+
+impl StreamError {
+    /// The errno for it.
+    pub fn errno(&self) -> i32 {
+        match self {
+            StreamError::Taken => libc::EEXIST,
+            StreamError::TooMany => libc::EMFILE,
+        }
+    }
+}
 
 /// The streams of one connection.
 #[derive(Debug, Default)]
@@ -111,17 +136,28 @@ impl Table {
 }
 
 impl Streams {
-    /// Starts a stream of that job's log. `false` when the tag is taken.
-    pub fn attach(&self, tag: u64, job: Arc<Job>, cursor: Cursor) -> bool {
-        let mut table = self.table.lock();
+    /// Whether a stream can begin under that tag.
+    ///
+    /// # Errors
+    /// [`StreamError`].
+    pub fn check(&self, tag: u64) -> Result<(), StreamError> {
+        let table = self.table.lock();
         if table.streams.contains_key(&tag) {
-            return false;
+            return Err(StreamError::Taken);
+        }
+        if table.streams.len() >= MAX_STREAMS { Err(StreamError::TooMany) } else { Ok(()) }
+    }
+
+    /// Starts a stream of that job's log, unless the connection is closed or the tag was taken meanwhile.
+    pub fn attach(&self, tag: u64, job: Arc<Job>, cursor: Cursor) {
+        let mut table = self.table.lock();
+        if table.closed || table.streams.contains_key(&tag) {
+            return;
         }
         table.by_job.entry(job.number()).or_default().push(tag);
         table.streams.insert(tag, Stream { job, cursor, credit: INITIAL_CREDIT, queued: false });
         table.queue(tag);
         self.wake.notify_one();
-        true
     }
 
     /// The host gave credit.
