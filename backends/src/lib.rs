@@ -182,6 +182,9 @@ pub trait Backend: Send + Sync {
     /// Removes everything of it, running or not, also what a crash left half made.
     async fn destroy(&self, spec: &MachineSpec) -> Result<(), BackendError>;
 
+    /// Whether this machine, which runs, can be paused here. Quick: it is asked in the midst of a write.
+    fn can_pause(&self, spec: &MachineSpec) -> bool;
+
     /// Freezes it.
     async fn pause(&self, spec: &MachineSpec) -> Result<(), BackendError>;
 

@@ -6,7 +6,7 @@ mod fuse_support;
 
 use fuse_support::fake::{Content, Fake};
 use fuse_support::stream::Stream;
-use fuse_support::{Client, End, Mount, errno_of, eventually};
+use fuse_support::{Client, End, Mount, errno_of, eventually, handle_usr1};
 use machinefs::tree::ops::{Opened, ROOT};
 use std::process::{Command, Stdio};
 use std::sync::Arc;
@@ -46,17 +46,6 @@ fn a_blocked_cat_ends_by_interrupt_and_by_kill_as_a_shell_sees_it() {
             assert_eq!(child.wait().unwrap().code(), Some(code));
             eventually("no reader", || stream.readers() == 0);
         }
-    }
-}
-
-/// A handler that does nothing, without SA_RESTART, for SIGUSR1.
-fn handle_usr1() {
-    extern "C" fn nothing(_: i32) {}
-    // SAFETY: the structure is valid when zeroed; the handler does nothing.
-    unsafe {
-        let mut action: libc::sigaction = std::mem::zeroed();
-        action.sa_sigaction = nothing as *const () as usize;
-        libc::sigaction(libc::SIGUSR1, &raw const action, std::ptr::null_mut());
     }
 }
 

@@ -5,102 +5,94 @@
 
 mod fuse_support;
 
-use fuse_support::fake::{Content, Fake, Plan};
-use fuse_support::ops::{Paths, SUBJECTS, Subject};
-use fuse_support::{Client, End, Mount, errno_of, eventually};
+use fuse_support::fake::{Content, Fake, Pending, Plan};
+use fuse_support::ops::{First, Nodes, Paths, SUBJECTS, Second, Subject, Wait, use_another_machine};
+use fuse_support::{Client, End, Mount, errno_of, eventually, handle_usr1};
+use machinefs::fuse::Patience;
 use machinefs::tree::ops::{Opened, ROOT};
 use std::collections::BTreeMap;
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-/// Long enough that it never comes in a test where it should not.
-const NEVER: Duration = Duration::from_secs(3600);
-/// The pending operation's own deadline, for a file system that does not hear interrupts.
-const DEADLINE: Duration = Duration::from_millis(600);
 /// How long a client is given to get stuck, if it does. Too short can only hide that it does.
-const SETTLE: Duration = Duration::from_millis(120);
+const SETTLE: Duration = Duration::from_millis(150);
 
-fn mount() -> (Mount, Paths) {
+/// The layer must not answer in the place of the file system.
+const PATIENT: Patience = Patience { after_signal: Duration::from_secs(3600), holding_lock: Duration::from_secs(3600) };
+
+fn mount(patience: Patience) -> (Mount, Paths) {
     let fake = Fake::new();
     let directory = fake.add(ROOT, b"d", Content::Directory(BTreeMap::new()));
-    let plain = fake.add(directory, b"f", Content::File(vec![b'x'; 8192]));
-    fake.add(directory, b"g", Content::File(vec![b'y'; 8192]));
-    let direct = fake.add(directory, b"direct", Content::File(vec![b'x'; 8192]));
-    fake.set(direct, |node| node.opened = Opened { direct_io: true, ..Opened::default() });
-    let stream = fake.add(directory, b"stream", Content::File(vec![b'x'; 8192]));
-    fake.set(stream, |node| node.opened = Opened { direct_io: true, stream: true, ..Opened::default() });
+    let file = |name: &[u8]| fake.add(directory, name, Content::File(vec![b'x'; 8192]));
+    let opens = |node, opened| fake.set(node, |node| node.opened = opened);
+    let plain = file(b"f");
+    file(b"g");
+    let (direct, stream, kept) = (file(b"direct"), file(b"stream"), file(b"kept"));
+    opens(direct, Opened { direct_io: true, ..Opened::default() });
+    opens(stream, Opened { direct_io: true, stream: true, ..Opened::default() });
+    opens(kept, Opened { keep_cache: true, ..Opened::default() });
+    opens(file(b"parallel"), Opened { direct_io: true, parallel_direct_writes: true, ..Opened::default() });
     fake.add(directory, b"l", Content::Link(b"f".to_vec()));
     fake.add(directory, b"sub", Content::Directory(BTreeMap::new()));
     fake.set(plain, |node| {
         node.xattrs.insert(b"user.a".to_vec(), b"1".to_vec());
     });
-    let mount = Mount::new(fake);
-    let paths = Paths::new(&mount, [directory, plain, direct, stream]);
+    let elsewhere = fake.add(ROOT, b"e", Content::Directory(BTreeMap::new()));
+    fake.add(elsewhere, b"f", Content::File(vec![b'y'; 8192]));
+    let mount = Mount::with(fake, |options| options.patience = patience);
+    let paths = Paths::new(&mount, Nodes { directory, file: plain, direct, stream, kept });
     (mount, paths)
 }
 
+/// A signal to the first client.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Signal {
+    /// SIGUSR1, which it handles.
+    Handled,
+    Interrupt,
+    Kill,
+}
+
+impl Signal {
+    const ALL: [Signal; 3] = [Signal::Handled, Signal::Interrupt, Signal::Kill];
+
+    fn number(self) -> i32 {
+        match self {
+            Signal::Handled => libc::SIGUSR1,
+            Signal::Interrupt => libc::SIGINT,
+            Signal::Kill => libc::SIGKILL,
+        }
+    }
+
+    fn is_right_end(self, subject: &Subject, end: End) -> bool {
+        match self {
+            // poll(2) reports the error as a state of the file.
+            Signal::Handled if subject.name == "poll" => end == End::Exit(0),
+            Signal::Handled => end == End::Exit(libc::EINTR),
+            fatal => end == End::Signal(fatal.number()),
+        }
+    }
+}
+
 /// Starts the first client; its operation is pending when this returns.
-fn start_pending(mount: &Mount, paths: &Paths, subject: &'static Subject, obeys: bool, deadline: Duration) -> Client {
-    let matches = (subject.matches)(paths);
-    mount.fake.plan(Plan { matches, obeys, deadline });
-    let client = Client::run(|| (subject.run)(paths));
-    mount.fake.wait_pending();
-    client
-}
-
-/// `ls -l` of the directory.
-fn list(paths: &Paths) -> i32 {
-    // SAFETY: the paths end with NULs, the buffers are as long as is said.
-    unsafe {
-        let fd = libc::open(paths.directory.as_ptr(), libc::O_RDONLY | libc::O_DIRECTORY);
-        if fd < 0 {
-            return errno_of(-1);
-        }
-        let mut buffer = [0u64; 512];
-        loop {
-            let count = libc::syscall(libc::SYS_getdents64, fd, buffer.as_mut_ptr(), size_of_val(&buffer));
-            if count <= 0 {
-                break;
-            }
-        }
-        for path in [&paths.file, &paths.other, &paths.link, &paths.sub] {
-            let mut data = std::mem::MaybeUninit::<libc::stat>::uninit();
-            libc::lstat(path.as_ptr(), data.as_mut_ptr());
-        }
-        0
+fn start_pending(mount: &Mount, paths: &Paths, subject: &'static Subject, obeys: bool) -> (Client, Arc<Pending>) {
+    if subject.warm() {
+        Client::run(|| (subject.run)(paths)).wait();
     }
+    let (matches, nodes) = (subject.matches, paths.nodes);
+    mount.fake.plan(Plan { matches: Box::new(move |op| matches(op, nodes)), obeys });
+    let client = Client::run(|| {
+        handle_usr1();
+        (subject.run)(paths)
+    });
+    let pending = mount.fake.wait_pending();
+    (client, pending)
 }
 
-/// What a second client of one kind does while the first is pending.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Behind {
-    /// Goes through.
-    Free,
-    /// Waits, and ends when it is killed.
-    Killable,
-    /// Waits, and a kill has no effect until the first is done.
-    Stuck,
-}
-
-impl std::fmt::Display for Behind {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.pad(match self {
-            Behind::Free => "free",
-            Behind::Killable => "waits, killable",
-            Behind::Stuck => "waits in D",
-        })
-    }
-}
-
-/// Lets a second client come, and kills it when it waits.
-fn behind(second: &mut Client) -> Behind {
-    std::thread::sleep(SETTLE);
-    if second.try_wait().is_some() {
-        return Behind::Free;
-    }
-    second.signal(libc::SIGKILL);
-    std::thread::sleep(SETTLE);
-    if second.try_wait().is_some() { Behind::Killable } else { Behind::Stuck }
+/// Waits until the client sleeps, in whatever way, or has ended.
+fn asleep(client: &mut Client) -> char {
+    eventually("sleep", || client.try_wait().is_some() || matches!(client.state(), 'S' | 'D'));
+    if client.try_wait().is_some() { '-' } else { client.state() }
 }
 
 /// Runs a check for each subject, several at a time; gives the failures of all.
@@ -108,7 +100,7 @@ fn for_each_subject(check: impl Fn(&'static Subject) -> Result<(), String> + Syn
     let next = Mutex::new(SUBJECTS.iter());
     let failures = Mutex::new(Vec::new());
     std::thread::scope(|scope| {
-        for _ in 0..4 {
+        for _ in 0..8 {
             scope.spawn(|| {
                 loop {
                     let Some(subject) = next.lock().unwrap().next() else { break };
@@ -123,31 +115,42 @@ fn for_each_subject(check: impl Fn(&'static Subject) -> Result<(), String> + Syn
     assert!(failures.is_empty(), "{failures:#?}");
 }
 
-/// The first client is interrupted, and the file system obeys: it ends at once, and so does whoever waits behind it.
+/// The file system obeys interrupts: the first client ends at once, and so does whoever waits behind it. Where the
+/// client waits for a page there is no interrupt: a fatal signal ends the client all the same, but who comes later
+/// waits until the READ is answered.
 #[test]
 fn an_interrupted_client_ends_at_once_and_frees_who_waits_behind_it() {
     require_fuse!();
     for_each_subject(|subject| {
-        for signal in [libc::SIGINT, libc::SIGKILL] {
-            for listing in [false, true] {
-                let (mount, paths) = mount();
-                let mut first = start_pending(&mount, &paths, subject, true, NEVER);
-                let mut second = Client::run(|| if listing { list(&paths) } else { (subject.run)(&paths) });
+        for signal in Signal::ALL {
+            for second in [Second::Same, Second::List] {
+                let (mount, paths) = mount(PATIENT);
+                let (mut first, pending) = start_pending(&mount, &paths, subject, true);
+                let mut second = Client::run(|| subject.second(second, &paths));
                 std::thread::sleep(SETTLE / 4);
-                first.signal(signal);
-                if subject.waits {
-                    let end = first.wait();
-                    if end != End::Signal(signal) {
-                        return Err(format!("signal {signal}: ended with {end:?}"));
+                first.signal(signal.number());
+                match subject.first {
+                    First::Interruptible => {
+                        let end = first.wait();
+                        if !signal.is_right_end(subject, end) {
+                            return Err(format!("{signal:?}: ended with {end:?}"));
+                        }
+                        eventually("the interrupt", || *pending.cancelled.lock());
                     }
-                } else {
-                    first.wait();
-                    mount.fake.expire_all();
+                    First::Page if signal != Signal::Handled => {
+                        let end = first.wait();
+                        if !signal.is_right_end(subject, end) || *pending.cancelled.lock() {
+                            return Err(format!("{signal:?}: ended with {end:?}; or was interrupted, after all"));
+                        }
+                        pending.expire();
+                    }
+                    _ => pending.expire(),
                 }
+                first.wait();
                 // It finds what the first left: any result, but an end.
                 second.wait();
-                if *mount.fake.pending.lock()[0].timed_out.lock() && subject.waits {
-                    return Err("ended by its deadline, not by the interrupt".into());
+                if *pending.timed_out.lock() && subject.first == First::Interruptible {
+                    return Err(format!("{signal:?}: ended by its deadline, not by the interrupt"));
                 }
             }
         }
@@ -155,55 +158,174 @@ fn an_interrupted_client_ends_at_once_and_frees_who_waits_behind_it() {
     });
 }
 
-/// The file system does not hear the interrupt: nobody is in D any more once the operation's own deadline has passed.
-/// What waits behind what until then is as it was measured.
+/// Lets a second client come, and kills it when it waits longer than it may. Gives how it waits, and its state.
+fn behind(second: &mut Client, at_most: Wait) -> Result<(Wait, char), String> {
+    if at_most == Wait::Free {
+        // However slow this machine is: nothing holds it up.
+        second.wait();
+        return Ok((Wait::Free, '-'));
+    }
+    std::thread::sleep(SETTLE);
+    if second.try_wait().is_some() {
+        return Ok((Wait::Free, '-'));
+    }
+    let state = second.state();
+    second.signal(libc::SIGKILL);
+    if at_most == Wait::Killable {
+        second.wait();
+        return Ok((Wait::Killable, state));
+    }
+    std::thread::sleep(SETTLE);
+    Ok((if second.try_wait().is_some() { Wait::Killable } else { Wait::Stuck }, state))
+}
+
+/// The file system does not hear the interrupt: nobody is in D any more once the operation's own deadline has passed,
+/// and another machine notices nothing before. What waits behind what until then is as it was measured.
 #[test]
 fn nobody_is_left_in_d_past_the_deadline_and_the_table_of_locks_holds() {
     require_fuse!();
     let rows = Mutex::new(BTreeMap::new());
     for_each_subject(|subject| {
-        let mut seen = Vec::new();
-        let mut states = Vec::new();
-        for signal in [libc::SIGINT, libc::SIGKILL] {
-            for listing in [false, true] {
-                let (mount, paths) = mount();
-                let mut first = start_pending(&mount, &paths, subject, false, DEADLINE);
-                let mut second = Client::run(|| if listing { list(&paths) } else { (subject.run)(&paths) });
-                if subject.waits && signal == libc::SIGINT && !listing {
-                    states.push(first.state());
-                }
-                first.signal(signal);
-                let how = behind(&mut second);
-                if subject.waits && !listing {
-                    states.push(if first.try_wait().is_some() { '-' } else { first.state() });
-                }
-                let pending = mount.fake.pending.lock()[0].clone();
-                eventually("the deadline", || *pending.timed_out.lock());
-                let (first_end, _) = (first.wait(), second.wait());
-                if subject.waits && first_end != End::Signal(signal) {
-                    return Err(format!("signal {signal}: ended with {first_end:?}"));
-                }
-                if signal == libc::SIGINT {
-                    seen.push(how);
-                }
+        let mut states = String::new();
+        for signal in Signal::ALL {
+            let (mount, paths) = mount(PATIENT);
+            let (mut first, pending) = start_pending(&mount, &paths, subject, false);
+            states.push(if subject.first == First::Free { '-' } else { asleep(&mut first) });
+            first.signal(signal.number());
+            // Another machine goes on as if nothing were.
+            let other = Client::run(|| use_another_machine(&paths)).wait();
+            if other != End::Exit(0) {
+                return Err(format!("{signal:?}: another machine: {other:?}"));
+            }
+            if subject.first == First::Interruptible {
+                eventually("the interrupt", || *pending.cancelled.lock());
+            } else {
+                std::thread::sleep(SETTLE);
+            }
+            states.push(asleep(&mut first));
+            pending.expire();
+            let end = first.wait();
+            let is_right = match (subject.first, signal) {
+                (First::Free, _) => true,
+                // With a handler it gets the answer, which is its deadline's.
+                (_, Signal::Handled) => matches!(end, End::Exit(_)),
+                _ => signal.is_right_end(subject, end),
+            };
+            if !is_right {
+                return Err(format!("{signal:?}: ended with {end:?}"));
             }
         }
-        rows.lock().unwrap().insert(subject.name, (states.iter().collect::<String>(), seen[0], seen[1]));
-        let expected = (subject.same, subject.list);
-        let allowed = |seen: Behind, most: fuse_support::ops::Wait| match most {
-            fuse_support::ops::Wait::Never => seen == Behind::Free,
-            fuse_support::ops::Wait::Killable => seen != Behind::Stuck,
-            fuse_support::ops::Wait::Stuck => true,
-        };
-        if !allowed(seen[0], expected.0) || !allowed(seen[1], expected.1) {
-            return Err(format!("measured: same {}, ls {}; promised {expected:?}", seen[0], seen[1]));
+        let mut seen = Vec::new();
+        for (second, at_most) in Second::ALL.into_iter().zip(subject.second) {
+            let (mount, paths) = mount(PATIENT);
+            let (mut first, pending) = start_pending(&mount, &paths, subject, false);
+            let mut client = Client::run(|| subject.second(second, &paths));
+            let (how, state) = behind(&mut client, at_most)?;
+            pending.expire();
+            first.wait();
+            client.wait();
+            seen.push(match how {
+                Wait::Free => "free".into(),
+                Wait::Killable => format!("waits ({state}), killable"),
+                Wait::Stuck => "waits in D".into(),
+            });
+            if how > at_most {
+                return Err(format!("{second:?}: {how:?}, promised {at_most:?}"));
+            }
+        }
+        rows.lock().unwrap().insert(subject.name, (states, seen));
+        Ok(())
+    });
+    println!("| pending | first: handled, SIGINT, SIGKILL (before, after) | same | node | ls -l | create |");
+    for (name, (states, seen)) in rows.into_inner().unwrap() {
+        println!("| {name} | {states} | {} |", seen.join(" | "));
+    }
+}
+
+/// The file system never answers, and obeys no interrupt. The layer answers in its place: the first client ends after
+/// a signal, and whoever waits behind it, signal or none, ends too.
+#[test]
+fn an_operation_that_is_never_answered_holds_nobody() {
+    require_fuse!();
+    let patience = Patience { after_signal: Duration::from_millis(200), holding_lock: Duration::from_secs(3600) };
+    for_each_subject(|subject| {
+        for signal in Signal::ALL {
+            if subject.first != First::Interruptible {
+                continue;
+            }
+            let (mount, paths) = mount(patience);
+            let (mut first, pending) = start_pending(&mount, &paths, subject, false);
+            let mut second = Client::run(|| subject.second(Second::Same, &paths));
+            std::thread::sleep(SETTLE / 4);
+            first.signal(signal.number());
+            let end = first.wait();
+            if !signal.is_right_end(subject, end) {
+                return Err(format!("{signal:?}: ended with {end:?}"));
+            }
+            second.wait();
+            // The late answer does no harm.
+            pending.expire();
+            let other = Client::run(|| use_another_machine(&paths)).wait();
+            if other != End::Exit(0) {
+                return Err(format!("{signal:?}: another machine: {other:?}"));
+            }
         }
         Ok(())
     });
-    println!(
-        "| operation pending | first: before, after SIGINT, after SIGKILL | the same again | ls of the directory |"
-    );
-    for (name, (states, same, list)) in rows.into_inner().unwrap() {
-        println!("| {name} | {states} | {same} | {list} |");
+    // No signal: what the kernel holds a lock for ends all the same.
+    let patience = Patience { after_signal: Duration::from_secs(3600), holding_lock: Duration::from_millis(200) };
+    for_each_subject(|subject| {
+        for (second, wait) in Second::ALL.into_iter().zip(subject.second) {
+            if wait == Wait::Free || subject.may_take_long() {
+                continue;
+            }
+            let (mount, paths) = mount(patience);
+            let (mut first, pending) = start_pending(&mount, &paths, subject, false);
+            let mut second = Client::run(|| subject.second(second, &paths));
+            first.wait();
+            second.wait();
+            eventually("the file system is told", || *pending.cancelled.lock());
+        }
+        Ok(())
+    });
+}
+
+/// Two threads (here: processes) that share an open file: the kernel's lock of the file position holds the second in
+/// D, unless the file is a stream.
+#[test]
+fn who_shares_an_open_file_waits_in_d_unless_it_is_a_stream() {
+    require_fuse!();
+    for name in ["read, direct", "read, stream"] {
+        let subject = SUBJECTS.iter().find(|subject| subject.name == name).unwrap();
+        let (mount, paths) = mount(PATIENT);
+        let path = if name == "read, stream" { &paths.stream } else { &paths.direct };
+        let (matches, nodes) = (subject.matches, paths.nodes);
+        mount.fake.plan(Plan { matches: Box::new(move |op| matches(op, nodes)), obeys: false });
+        // SAFETY: the path ends with a NUL, the buffer is as long as is said; the child ends by _exit.
+        let mut second = Client::run(|| unsafe {
+            handle_usr1();
+            let fd = libc::open(path.as_ptr(), libc::O_RDONLY);
+            let first = libc::fork();
+            if first > 0 {
+                libc::pause();
+            }
+            let mut buffer = [0u8; 16];
+            let result = libc::read(fd, buffer.as_mut_ptr().cast(), buffer.len());
+            if first == 0 {
+                libc::_exit(0);
+            }
+            errno_of(result as i64)
+        });
+        let pending = mount.fake.wait_pending();
+        eventually("pause", || second.state() == 'S');
+        second.signal(libc::SIGUSR1);
+        if name == "read, stream" {
+            assert_eq!(second.wait(), End::Exit(0));
+            assert!(!*pending.timed_out.lock());
+        } else {
+            eventually("the lock of the position", || second.state() == 'D');
+        }
+        pending.expire();
+        assert_eq!(second.wait(), End::Exit(0));
     }
 }

@@ -90,14 +90,16 @@ each_user! {
 each_user! {
     /// A stop asks the guest's processes first; a kill does not.
     fn stop_asks_and_kill_does_not(d) {
-        for (verb, asked) in [("stop", "asked\n"), ("kill", "")] {
+        for verb in ["stop", "kill"] {
             let m = d.running(verb);
             m.bash("echo 'trap \"echo asked; exit 0\" TERM; echo ready; while :; do sleep 0.1; done' > $D/exec").ok();
             m.bash("read -r line < $D/out; test \"$line\" = ready").ok();
             m.ctl(verb).ok();
             d.exec(&["cat", &m.path("wait/stopped")]).ok();
             if verb == "stop" {
-                assert_eq!(m.read("out"), format!("ready\n{asked}"), "{verb}");
+                // What the shell says of its sleep, which was asked too, may stand between.
+                let out = m.read("out");
+                assert!(out.starts_with("ready\n") && out.ends_with("asked\n"), "{out}");
             } else {
                 // Lost with the machine: what had arrived may be there, an answer to SIGTERM may not.
                 let out = d.exec(&["cat", &m.path("out")]).text();
@@ -148,7 +150,7 @@ each_user! {
     /// `create NAME key=value…` and `autostart=no`: configured first, started later; config reads back as written.
     fn create_and_configure(d) {
         let m = d.create("conf", "memory=512M autostart=no hostname=chosen");
-        assert_eq!(m.status(), "stopped");
+        m.until_status("stopped");
         assert_eq!(m.read("config/memory"), "512M\n");
         m.bash("echo 768M > $D/config/memory").ok();
         assert_eq!(m.read("config/memory"), "768M\n");
@@ -216,7 +218,7 @@ each_user_alone! {
             std::mem::forget(d.running("all"));
         }
         d.bash("echo 'stop all' > ctl; for m in */; do cat ${m}wait/stopped; test \"$(cat ${m}status)\" = stopped; done").ok();
-        d.bash("echo 'destroy all' > ctl; test -z \"$(ls)\"").ok();
+        d.bash("echo 'destroy all' > ctl; set -- */; test \"$1\" = '*/'").ok();
     }
 }
 
@@ -233,7 +235,7 @@ each_user! {
             let here = std::fs::read_link(entry.path()).expect("a namespace").to_string_lossy().into_owned();
             assert_ne!(m.guest(&format!("readlink /proc/self/ns/{name}")), here, "the machine shares the host's {name} namespace");
         }
-        assert_eq!(m.guest("cat /proc/1/comm | cut -c1-9"), "machinefs");
+        assert_eq!(m.guest("cat /proc/1/comm"), "agent");
         assert_eq!(m.guest("ls /sys/class/net"), "lo");
         assert_eq!(m.guest("grep Seccomp: /proc/self/status | tr -dc 0-9"), "2");
         assert_eq!(m.guest("id -u"), "0");

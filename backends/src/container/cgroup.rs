@@ -154,24 +154,27 @@ impl Cgroups {
         usage
     }
 
+    /// The file that freezes the group, if there is one.
+    pub(super) fn freezer(&self, name: &str) -> Option<PathBuf> {
+        let file = match self.v1.iter().find(|(names, _)| names.iter().any(|n| n == "freezer")) {
+            Some((_, at)) => at.join(PARENT).join(name).join("freezer.state"),
+            None => self.v2.as_ref()?.join(PARENT).join(name).join("cgroup.freeze"),
+        };
+        file.exists().then_some(file)
+    }
+
     /// Freezes or thaws the group. `Ok(false)`: there is no freezer, or no group in it.
     pub(super) fn freeze(&self, name: &str, frozen: bool) -> io::Result<bool> {
-        if let Some((_, at)) = self.v1.iter().find(|(names, _)| names.iter().any(|n| n == "freezer")) {
-            let file = at.join(PARENT).join(name).join("freezer.state");
-            if !file.exists() {
-                return Ok(false);
-            }
+        let Some(file) = self.freezer(name) else { return Ok(false) };
+        if file.ends_with("freezer.state") {
             let word = if frozen { "FROZEN" } else { "THAWED" };
             fs::write(&file, word)?;
             return settled(|| Ok(fs::read_to_string(&file)?.trim() == word));
         }
-        let Some(dir) = self.v2.as_ref().map(|at| at.join(PARENT).join(name)) else { return Ok(false) };
-        if !dir.join("cgroup.freeze").exists() {
-            return Ok(false);
-        }
-        fs::write(dir.join("cgroup.freeze"), if frozen { "1" } else { "0" })?;
+        fs::write(&file, if frozen { "1" } else { "0" })?;
         let want = format!("frozen {}", u8::from(frozen));
-        settled(|| Ok(fs::read_to_string(dir.join("cgroup.events"))?.lines().any(|l| l == want)))
+        let events = file.with_file_name("cgroup.events");
+        settled(|| Ok(fs::read_to_string(&events)?.lines().any(|l| l == want)))
     }
 
     /// Kills every process in the group, also one that was left by a start that the daemon did not live to see. They

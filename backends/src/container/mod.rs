@@ -260,6 +260,10 @@ impl Backend for ContainerBackend {
         self.on_thread(spec, Inner::destroy).await
     }
 
+    fn can_pause(&self, spec: &MachineSpec) -> bool {
+        self.inner.cgroups.freezer(&self.inner.name(spec)).is_some()
+    }
+
     async fn pause(&self, spec: &MachineSpec) -> Result<(), BackendError> {
         self.freeze(spec, true).await
     }

@@ -2,6 +2,7 @@
 
 use super::abi::OutHeader;
 use super::interrupt::Interrupts;
+use super::mount::Patience;
 use crate::errno::Errno;
 use crate::tree::ops::{Answer, Cancel};
 use crate::tree::ops::{Caller, Files, NodeId, Op, Respond};
@@ -10,8 +11,9 @@ use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
 use rustix::io;
 use std::io::IoSlice;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Weak};
+use std::time::Duration;
 use zerocopy::IntoBytes;
 
 /// What one mount's threads share.
@@ -25,6 +27,10 @@ pub struct Connection {
     /// What the kernel never took.
     undelivered: Mutex<Vec<Undelivered>>,
     has_undelivered: AtomicBool,
+    /// The readers' descriptors.
+    channels: Mutex<Vec<Weak<OwnedFd>>>,
+    /// How long an operation for which the kernel holds a lock may be pending.
+    pub lock_limit: Duration,
 }
 
 /// Something that an answer would have given to the kernel, had the answer found its request.
@@ -40,19 +46,27 @@ pub enum Undelivered {
 
 impl Connection {
     /// A connection over the mounted descriptor.
-    pub fn new(device: Arc<OwnedFd>, files: Arc<dyn Files>) -> Self {
+    pub fn new(device: Arc<OwnedFd>, files: Arc<dyn Files>, patience: Patience) -> Self {
         Connection {
             device,
             files,
-            interrupts: Interrupts::default(),
+            interrupts: Interrupts::new(patience.after_signal),
             undelivered: Mutex::default(),
             has_undelivered: AtomicBool::new(false),
+            channels: Mutex::default(),
+            lock_limit: patience.holding_lock,
         }
     }
 
     /// The descriptor that was mounted.
     pub fn device(&self) -> BorrowedFd<'_> {
         self.device.as_fd()
+    }
+
+    /// Answers a request of which only the number is known. `false`: it has its answer already, or is aborted.
+    pub fn send_error_anywhere(&self, unique: u64, errno: Errno) -> bool {
+        let channels: Vec<_> = self.channels.lock().iter().filter_map(Weak::upgrade).collect();
+        channels.iter().any(|fd| send(fd.as_fd(), unique, -errno.0, [&[], &[], &[]]).is_ok())
     }
 
     /// Remembers what is to be given back. It is not given back at once, because answers are given while the file
@@ -124,6 +138,7 @@ impl Channel {
                 connection.device.clone()
             }
         };
+        connection.channels.lock().push(Arc::downgrade(&fd));
         Channel { fd, connection }
     }
 

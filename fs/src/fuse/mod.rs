@@ -24,8 +24,9 @@ mod reply;
 mod request;
 mod session;
 mod stale;
+mod watch;
 
-pub use mount::{MountError, MountOptions, Mounted, mount, unmount};
+pub use mount::{MountError, MountOptions, Mounted, Patience, mount, unmount};
 pub use notify::{Notice, Notifier, QueueFull};
 pub use session::Session;
 pub use stale::replace_stale_mount;

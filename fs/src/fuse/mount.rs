@@ -28,6 +28,27 @@ pub struct MountOptions {
     pub read_ahead: Option<u32>,
     /// The kernel keeps the targets of symbolic links until it hears [`super::Notice::InvalidateInode`].
     pub cache_symlinks: bool,
+    /// When this layer answers in the place of a file system that does not.
+    pub patience: Patience,
+}
+
+/// The last resort against processes in state D: times after which this layer answers a request itself. A file system
+/// that keeps to its own deadlines never sees it happen.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Patience {
+    /// After the interrupt of a request: then EINTR. The process waits in D from the signal on.
+    pub after_signal: std::time::Duration,
+    /// After an operation during which the kernel holds a lock of a directory, file or page has come: then
+    /// ETIMEDOUT. Others wait in D behind it.
+    pub holding_lock: std::time::Duration,
+}
+
+impl Default for Patience {
+    /// Twice and six times the 5 s that an operation has by default.
+    fn default() -> Self {
+        let seconds = std::time::Duration::from_secs;
+        Patience { after_signal: seconds(10), holding_lock: seconds(30) }
+    }
 }
 
 impl MountOptions {
@@ -40,6 +61,7 @@ impl MountOptions {
             readers: None,
             read_ahead: Some(1024),
             cache_symlinks: true,
+            patience: Patience::default(),
         }
     }
 }

@@ -6,7 +6,7 @@ use crate::errno::Errno;
 use crate::tree::ops::{Answer, Attr, Cancel, DirEntry, Entry, NodeId, Opened, ROOT, Respond, StatFs};
 use rustix::io;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use zerocopy::IntoBytes;
 
 /// The kernel takes link targets up to one page, less the NUL that it appends.
@@ -31,7 +31,7 @@ pub enum Expect {
     Dir { max: usize, plus: bool },
     StatFs,
     Xattr { max: u32 },
-    Offset,
+    Offset { from: u64 },
     Lock,
     Ready,
 }
@@ -44,12 +44,14 @@ pub struct Responder {
     /// The request is in the table of those that can be interrupted.
     registered: bool,
     answered: bool,
+    /// When it is to be answered at the latest, if that is limited.
+    due: Option<Instant>,
 }
 
 impl Responder {
     /// For the request with that number, read through that channel.
-    pub fn new(channel: Arc<Channel>, unique: u64, expect: Expect) -> Self {
-        Responder { channel, unique, expect, registered: false, answered: false }
+    pub fn new(channel: Arc<Channel>, unique: u64, expect: Expect, due: Option<Instant>) -> Self {
+        Responder { channel, unique, expect, registered: false, answered: false, due }
     }
 
     fn answer(&mut self, answer: Result<Answer, Errno>) {
@@ -127,7 +129,10 @@ impl Responder {
                 self.send([&value, &[], &[]])
             }
             (Expect::Xattr { .. }, Answer::Data(_)) => self.send_error(Errno::ERANGE),
-            (Expect::Offset, Answer::Offset(offset)) => self.send([abi::LSeekOut { offset }.as_bytes(), &[], &[]]),
+            // Going backwards would lead a copying program round in circles.
+            (Expect::Offset { from }, Answer::Offset(offset)) if offset >= from => {
+                self.send([abi::LSeekOut { offset }.as_bytes(), &[], &[]])
+            }
             (Expect::Lock, Answer::Lock(lock)) => {
                 let lk = abi::FileLock { start: lock.start, end: lock.end, kind: lock.kind, pid: lock.pid };
                 self.send([abi::LkOut { lk }.as_bytes(), &[], &[]])
@@ -196,8 +201,8 @@ impl Respond for Responder {
     }
 
     fn set_cancel(&mut self, cancel: Arc<dyn Cancel>) -> bool {
-        self.registered = self.channel.connection.interrupts.register(self.unique, cancel);
-        self.registered
+        self.registered = true;
+        self.channel.connection.interrupts.register(self.unique, cancel, self.due)
     }
 }
 

@@ -235,7 +235,7 @@ pub fn decode<'a>(header: &abi::InHeader, body: &'a [u8]) -> Result<Request<'a>,
         Opcode::LSeek => {
             let input: abi::LSeekIn = body.take()?;
             let abi::LSeekIn { fh: handle, offset, whence, .. } = input;
-            Request::Op(Op::Seek { node, handle, offset, whence }, Expect::Offset)
+            Request::Op(Op::Seek { node, handle, offset, whence }, Expect::Offset { from: offset })
         }
         Opcode::CopyFileRange => copy_range(node, body.take()?, u64::from(u32::MAX), Expect::Copied),
         Opcode::CopyFileRange64 => copy_range(node, body.take()?, u64::MAX, Expect::Copied64),

@@ -7,11 +7,13 @@ use super::notify::{self, Notifier};
 use super::poll::Waker;
 use super::reply::{Expect, Responder, log_undelivered, send_error};
 use super::request::{self, Request};
+use super::watch::{self, Watch};
 use crate::errno::Errno;
 use crate::tree::ops::{Caller, Files, Op, PollWaker};
 use rustix::io;
 use std::sync::Arc;
 use std::thread::JoinHandle;
+use std::time::Instant;
 
 /// A mount that is being served. Unmounts (lazily) when it is dropped.
 pub struct Session {
@@ -19,6 +21,7 @@ pub struct Session {
     readers: Vec<JoinHandle<()>>,
     notifier: Notifier,
     notifier_thread: Option<JoinHandle<()>>,
+    watch: Option<Watch>,
 }
 
 impl Mounted {
@@ -28,10 +31,13 @@ impl Mounted {
     /// A kernel whose protocol is too old, a mount that is gone already, no more threads. The mount is then undone.
     pub fn serve(self, files: Arc<dyn Files>) -> Result<Session, MountError> {
         let (device, place, options) = self.negotiated()?;
-        let connection = Arc::new(Connection::new(Arc::new(device), files));
+        let connection = Arc::new(Connection::new(Arc::new(device), files, options.patience));
         let (notifier, notifier_thread) =
             notify::start(&connection).map_err(|error| MountError::Threads(error.to_string()))?;
-        let mut session = Session { place, readers: Vec::new(), notifier, notifier_thread: Some(notifier_thread) };
+        let mut session =
+            Session { place, readers: Vec::new(), notifier, notifier_thread: Some(notifier_thread), watch: None };
+        let watch = Watch::start(&connection, options.patience);
+        session.watch = Some(watch.map_err(|error| MountError::Threads(error.to_string()))?);
         let count =
             options.readers.unwrap_or_else(|| std::thread::available_parallelism().map_or(2, |cpus| cpus.get()).max(2));
         for index in 0..count {
@@ -85,6 +91,7 @@ impl Session {
         if let Some(thread) = self.notifier_thread.take() {
             let _ = thread.join();
         }
+        self.watch = None;
     }
 }
 
@@ -132,7 +139,8 @@ fn handle(channel: &Arc<Channel>, message: &[u8]) {
     let unique = header.unique;
     let caller = Caller { uid: header.uid, gid: header.gid, pid: header.pid };
     let dispatch = |op: Op<'_>, expect: Expect| {
-        let responder = Box::new(Responder::new(channel.clone(), unique, expect));
+        let due = watch::holds_lock(&op).then(|| Instant::now() + connection.lock_limit);
+        let responder = Box::new(Responder::new(channel.clone(), unique, expect, due));
         guarded("dispatch", || connection.files.dispatch(caller, op, responder));
     };
     let refuse = |errno: Errno| {

@@ -269,6 +269,9 @@ impl Machine {
             }
             ("kill", []) => Event::Kill,
             ("restart", []) => Event::Restart,
+            ("pause", []) if self.state() == State::Running && !self.backend().can_pause(&self.spec()) => {
+                return Err(MachineError::not_supported("this host has no freezer control group for the machine"));
+            }
             ("pause", []) => Event::Pause,
             ("resume", []) => Event::Resume,
             ("destroy", []) => return self.destroy(caller),

@@ -205,3 +205,14 @@ pub fn shell(command: &str) -> (String, i32) {
     let text = String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);
     (text, output.status.code().unwrap_or(-1))
 }
+
+/// A handler that does nothing, without SA_RESTART, for SIGUSR1.
+pub fn handle_usr1() {
+    extern "C" fn nothing(_: i32) {}
+    // SAFETY: the structure is valid when zeroed; the handler does nothing.
+    unsafe {
+        let mut action: libc::sigaction = std::mem::zeroed();
+        action.sa_sigaction = nothing as *const () as usize;
+        libc::sigaction(libc::SIGUSR1, &raw const action, std::ptr::null_mut());
+    }
+}

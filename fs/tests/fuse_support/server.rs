@@ -7,7 +7,6 @@ use machinefs::tree::ops::{Op, ROOT};
 use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
 use std::process::{ChildStdin, ChildStdout, Command, Stdio};
-use std::time::Duration;
 
 /// Where the server mounts; set in the server's process only.
 const TARGET: &str = "MACHINEFS_TEST_TARGET";
@@ -75,11 +74,7 @@ pub fn serve() {
     println!("replaced: {replaced:?}");
     let fake = Fake::new();
     fake.add(ROOT, b"f", Content::File(b"served\n".to_vec()));
-    fake.plan(Plan {
-        matches: Box::new(|op| matches!(op, Op::MkDir { name: b"slow", .. })),
-        obeys: false,
-        deadline: Duration::from_secs(3600),
-    });
+    fake.plan(Plan { matches: Box::new(|op| matches!(op, Op::MkDir { name: b"slow", .. })), obeys: false });
     let session = match fuse::mount(MountOptions::new(&target)).and_then(|mounted| mounted.serve(fake.clone())) {
         Ok(session) => session,
         Err(error) => {

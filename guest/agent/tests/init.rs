@@ -101,8 +101,7 @@ fn count(of: i32) -> usize {
 fn a_terminate_signal_ends_the_machine_in_order() {
     let Some((mut agent, pid)) = machine() else { return };
     let client = agent.client();
-    client.start(1, "trap 'echo bye; exit 8' TERM; echo ready; while :; do sleep 0.01; done");
-    client.start(2, "(setsid sleep 1000 &); sleep 1000");
+    client.start(1, "(setsid sleep 1000 &); trap 'echo bye; exit 8' TERM; echo ready; while :; do sleep 0.01; done");
     let stream = client.attach(1, 0);
     let mut log = replica();
     log.append_records(&stream.next().unwrap().data).unwrap();

@@ -13,8 +13,8 @@ use std::io::{Read, Write};
 use std::time::Duration;
 use support::*;
 
-/// Opens a file of the host's file system through the agent.
-fn open(client: &Client, path: &std::path::Path, flags: i32) -> u64 {
+/// Finds a file of the host's file system through the agent.
+fn find(client: &Client, path: &std::path::Path) -> u64 {
     let mut node = ROOT;
     for name in path.components().skip(1) {
         let name = std::os::unix::ffi::OsStrExt::as_bytes(name.as_os_str());
@@ -22,6 +22,12 @@ fn open(client: &Client, path: &std::path::Path, flags: i32) -> u64 {
         let Ok((Reply::File(FileReply::Entry(entry)), _)) = client.call(&lookup, &[]) else { panic!("lookup") };
         node = entry.node;
     }
+    node
+}
+
+/// Opens a file of the host's file system through the agent.
+fn open(client: &Client, path: &std::path::Path, flags: i32) -> u64 {
+    let node = find(client, path);
     let open = Request::File(FileRequest::Open { node, flags: flags as u32, kill_suidgid: false });
     match client.call(&open, &[]) {
         Ok((Reply::File(FileReply::Opened(fh)), _)) => fh,
@@ -410,6 +416,43 @@ fn silent_connections_are_in_nobodys_way() {
     assert!(agent.rss() < 200_000, "{} KiB", agent.rss());
     agent.client().ping();
     assert!(agent.is_alive());
+}
+
+#[test]
+fn a_quick_request_that_is_stuck_holds_up_nobody() {
+    let agent = Agent::start();
+    let client = agent.client();
+    let path = agent.dir.path().join("leased");
+    std::fs::write(&path, "x").unwrap();
+    let holder = std::fs::OpenOptions::new().read(true).write(true).open(&path).unwrap();
+    // SAFETY: no pointers; SIGIO would end this process when the lease is to be broken.
+    let leased = unsafe {
+        libc::signal(libc::SIGIO, libc::SIG_IGN);
+        libc::fcntl(std::os::fd::AsRawFd::as_raw_fd(&holder), libc::F_SETLEASE, libc::F_WRLCK)
+    };
+    if leased < 0 {
+        println!("skipped: no file leases here: {}", std::io::Error::last_os_error());
+        return;
+    }
+    // Opening waits for the lease, one after the other on whoever reads.
+    let node = find(&client, &path);
+    let request = Request::File(FileRequest::Open { node, flags: libc::O_RDWR as u32, kill_suidgid: false });
+    let stuck: Vec<Pending> = (0..20)
+        .map(|_| {
+            let pending = client.send(&request, &[], 0);
+            client.ping();
+            pending
+        })
+        .collect();
+    assert!(stuck.iter().all(|pending| !pending.has_answer()), "it did not wait");
+    for pending in stuck.iter().take(10) {
+        client.cancel(pending.tag);
+        assert_eq!(pending.wait().unwrap_err().errno, libc::EINTR);
+    }
+    drop(holder);
+    for pending in stuck.iter().skip(10) {
+        assert!(matches!(pending.wait(), Ok((Reply::File(FileReply::Opened(_)), _))));
+    }
 }
 
 #[test]

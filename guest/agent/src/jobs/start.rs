@@ -113,6 +113,8 @@ impl Jobs {
             stdio: [stdin.as_raw_fd(), stdout.as_raw_fd(), stderr.as_raw_fd()],
             terminal: job.terminal,
         };
+        // Before the fork: the job may have ended by the time this thread goes on.
+        let started_ms = unix_millis();
         let mut child = None;
         let spawned = spawn(&setup, |fork| {
             let mut children = self.children.lock();
@@ -134,7 +136,7 @@ impl Jobs {
         };
         drop(channels.job);
         job.keep_script(program.script.take());
-        let wanted = job.set_started(pid, unix_millis());
+        let wanted = job.set_started(pid, started_ms);
         let watch = Watch { job: job.clone(), pid, output: channels.output, input: channels.input };
         self.command(Command::Watch(watch));
         if !wanted {

@@ -3,6 +3,11 @@
 //! One thread at a time, the leader, reads frames. When it has read a request it hands the reading on, executes the
 //! request itself and writes the answer: a request is never passed between threads. When all threads are taken, the
 //! leader goes on reading (cancellations must always be read) and queues what it reads.
+//!
+//! Handing on costs a wake-up, more than most requests do. So for one that is usually quick, with nothing read behind
+//! it, the leader only parks the read half, and takes it back afterwards. Meanwhile another thread, the watcher, looks
+//! every [`TICK`] whether it is parked for the same request still; then it leads from there. The watcher sleeps when
+//! there is nothing to do.
 
 use super::frames::{Frame, FrameReader, ReadError};
 use super::requests::{InFlight, Requests};
@@ -29,6 +34,10 @@ const MAX_LOCK_WAITS: usize = 1024;
 const IDLE_THREADS: usize = 4;
 /// How long a thread beyond those stays idle.
 const IDLE_TIME: Duration = Duration::from_secs(5);
+/// How long the read half may stay parked behind one request, at most twice.
+const TICK: Duration = Duration::from_millis(2);
+/// Bytes read or written up to which that is quick.
+const QUICK_BYTES: usize = 32 * 1024;
 /// Requests read and not begun, at most.
 const MAX_QUEUE: usize = 16 * 1024;
 /// Bytes of requests that are being received or waiting, at most.
@@ -51,7 +60,17 @@ pub struct Work {
     pub arrived: Instant,
     /// Whether it was given up.
     pub state: Arc<InFlight>,
-    lock_wait: bool,
+    pace: Pace,
+}
+
+/// How long a request is going to take.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Pace {
+    /// Usually shorter than waking a thread.
+    Quick,
+    Ordinary,
+    /// It may wait for a file lock, which has no deadline.
+    LockWait,
 }
 
 impl Work {
@@ -96,6 +115,12 @@ pub struct Connection {
 struct Pool {
     /// The read half, while no thread leads.
     reader: Option<Box<Leader>>,
+    /// Its last leader executes a request and comes back for it. The queue is empty then.
+    parked: bool,
+    /// How often it was parked.
+    parkings: u64,
+    /// A thread is the watcher.
+    watched: bool,
     threads: usize,
     idle: usize,
     lock_waits: usize,
@@ -122,6 +147,9 @@ impl Connection {
             stream,
             pool: Mutex::new(Pool {
                 reader: Some(Box::new(leader)),
+                parked: false,
+                parkings: 0,
+                watched: false,
                 threads: 0,
                 idle: 0,
                 lock_waits: 0,
@@ -189,25 +217,45 @@ impl Connection {
     /// A thread's body.
     fn work(self: &Arc<Self>) {
         let mut pool = self.pool.lock();
+        // For the watcher: how often the read half had been parked at its last look.
+        let mut looked: Option<u64> = None;
         loop {
-            if let Some(work) = pool.queue.pop_front() {
-                pool.queued_bytes -= work.size();
-                self.run(pool, &work);
-            } else if self.closed.load(Ordering::Acquire) {
-                break;
-            } else if let Some(leader) = pool.reader.take() {
-                drop(pool);
-                self.lead(leader);
-            } else {
-                pool.idle += 1;
-                let timed_out = self.followers.wait_for(&mut pool, IDLE_TIME).timed_out();
-                pool.idle -= 1;
-                if timed_out && pool.idle >= IDLE_THREADS {
-                    break;
+            let stuck = looked == Some(pool.parkings);
+            if !pool.queue.is_empty() || (pool.reader.is_some() && (stuck || !pool.parked)) {
+                if looked.take().is_some() {
+                    pool.watched = false;
                 }
+                if let Some(work) = pool.queue.pop_front() {
+                    pool.queued_bytes -= work.size();
+                    self.run(pool, &work);
+                } else if let Some(leader) = pool.reader.take() {
+                    pool.parked = false;
+                    drop(pool);
+                    self.lead(leader);
+                } else {
+                    drop(pool);
+                }
+                pool = self.pool.lock();
                 continue;
             }
-            pool = self.pool.lock();
+            if self.closed.load(Ordering::Acquire) {
+                break;
+            }
+            if looked.is_some() && stuck {
+                // Not parked since the last look: there is nothing to do.
+                looked = None;
+                pool.watched = false;
+            } else if looked.is_some() || (pool.parked && !pool.watched) {
+                looked = Some(pool.parkings);
+                pool.watched = true;
+            }
+            pool.idle += 1;
+            let time = if looked.is_some() { TICK } else { IDLE_TIME };
+            let timed_out = self.followers.wait_for(&mut pool, time).timed_out();
+            pool.idle -= 1;
+            if timed_out && looked.is_none() && pool.idle >= IDLE_THREADS {
+                break;
+            }
         }
         pool.threads -= 1;
         if pool.threads == 0 {
@@ -217,7 +265,7 @@ impl Connection {
 
     /// Executes a request, with the pool's lock given up meanwhile.
     fn run(self: &Arc<Self>, mut pool: parking_lot::MutexGuard<'_, Pool>, work: &Work) {
-        if work.lock_wait {
+        if work.pace == Pace::LockWait {
             pool.lock_waits += 1;
             if !pool.queue.is_empty() && pool.idle == 0 && pool.threads < MAX_THREADS + pool.lock_waits {
                 self.add_thread(&mut pool);
@@ -225,7 +273,7 @@ impl Connection {
         }
         drop(pool);
         self.execute(work);
-        if work.lock_wait {
+        if work.pace == Pace::LockWait {
             self.pool.lock().lock_waits -= 1;
         }
     }
@@ -249,12 +297,21 @@ impl Connection {
             };
             let mut pool = self.pool.lock();
             let follower = pool.idle > 0;
-            if work.lock_wait && pool.lock_waits >= MAX_LOCK_WAITS {
+            let alone = work.pace == Pace::Quick && !leader.reader.has_more() && pool.queue.is_empty();
+            // A new thread finds the read half parked and becomes the watcher.
+            if alone && (pool.watched || follower || (pool.threads < MAX_THREADS && self.add_thread(&mut pool))) {
+                match self.execute_in_place(pool, leader, &work) {
+                    Some(back) => leader = back,
+                    None => return,
+                }
+                continue;
+            }
+            if work.pace == Pace::LockWait && pool.lock_waits >= MAX_LOCK_WAITS {
                 drop(pool);
                 self.refuse(&work, libc::ENOLCK);
                 continue;
             }
-            let waiting = pool.lock_waits + usize::from(work.lock_wait);
+            let waiting = pool.lock_waits + usize::from(work.pace == Pace::LockWait);
             if follower || (pool.threads < MAX_THREADS + waiting && self.add_thread(&mut pool)) {
                 pool.reader = Some(leader);
                 if follower {
@@ -270,6 +327,29 @@ impl Connection {
             pool.queued_bytes += work.size();
             pool.queue.push_back(work);
         }
+    }
+
+    /// Executes a request with the read half parked. Gives that back, unless another thread leads by now.
+    fn execute_in_place(
+        self: &Arc<Self>,
+        mut pool: parking_lot::MutexGuard<'_, Pool>,
+        leader: Box<Leader>,
+        work: &Work,
+    ) -> Option<Box<Leader>> {
+        pool.reader = Some(leader);
+        pool.parked = true;
+        pool.parkings += 1;
+        if !pool.watched {
+            self.followers.notify_one();
+        }
+        drop(pool);
+        self.execute(work);
+        let mut pool = self.pool.lock();
+        if !pool.parked {
+            return None;
+        }
+        pool.parked = false;
+        pool.reader.take()
     }
 
     fn refuse(&self, work: &Work, errno: i32) {
@@ -297,9 +377,9 @@ impl Connection {
         match header.kind {
             Kind::Request => {
                 let state = self.requests.add(tag, starts_job(&meta)).ok_or(Violation::Tag(tag))?;
-                let lock_wait = waits_for_lock(&meta);
+                let pace = pace(&meta, data.len());
                 let (deadline_ms, arrived) = (header.deadline_ms, Instant::now());
-                let work = Work { tag, meta, body: data, deadline_ms, arrived, state, lock_wait };
+                let work = Work { tag, meta, body: data, deadline_ms, arrived, state, pace };
                 if !more {
                     return Ok(Some(work));
                 }
@@ -362,10 +442,27 @@ impl Connection {
     }
 }
 
-/// Whether a request may wait for a file lock, which has no deadline.
-fn waits_for_lock(meta: &[u8]) -> bool {
-    // Only such short messages are decoded twice.
-    meta.len() <= 64 && matches!(decode_meta(meta), Ok(Request::File(FileRequest::SetLock { wait: true, .. })))
+/// How long a request with that much data is going to take.
+fn pace(meta: &[u8], data: usize) -> Pace {
+    use FileRequest as F;
+    // Only short messages are decoded twice.
+    if meta.len() > 600 || data > QUICK_BYTES {
+        return Pace::Ordinary;
+    }
+    match decode_meta(meta) {
+        Ok(Request::File(F::SetLock { wait: true, .. })) => Pace::LockWait,
+        Ok(Request::File(F::Read { size, .. })) if size as usize > QUICK_BYTES => Pace::Ordinary,
+        Ok(Request::File(
+            F::Fsync { .. }
+            | F::OpenDir { .. }
+            | F::ReadDir { .. }
+            | F::Fallocate { .. }
+            | F::CopyRange { .. }
+            | F::SyncFs,
+        )) => Pace::Ordinary,
+        Ok(Request::Ping | Request::File(_)) => Pace::Quick,
+        _ => Pace::Ordinary,
+    }
 }
 
 /// Whether a request starts a job. Such messages are long, so only the variant is decoded, which comes first.
