@@ -196,7 +196,7 @@ def refused(old, new, *numbers):
 refused(D, B, errno.EPERM, errno.EEXIST, errno.ENOTEMPTY)
 refused(D, f'{{B}}/files/root/x', errno.EPERM)
 refused(D, f'{{B}}/x', errno.EPERM)
-refused(D, '.sys/x', errno.EPERM)
+refused(D, '.sys/x', errno.EPERM, errno.EACCES)
 refused(D, 'bad name', errno.EINVAL)
 refused(f'{{D}}/files/etc', f'{{B}}/files/etc2', errno.EXDEV, errno.EPERM)
 refused('.sys', 'sys', errno.EPERM)

@@ -32,7 +32,7 @@ each_user_alone! {
         let d: Daemon = gate::gated(user);
         d.bash("mkdir $T/src; for i in $(seq 50); do echo $i > $T/src/$i; done").ok();
         gate::close(&d);
-        let m = d.machine("copy");
+        let m = d.create("copy", "boot_wait=1m");
         let mut copy = m.spawn_bash("exec cp -r $T/src $D/files/root/");
         copy.until_blocked();
         gate::open(&d);

@@ -27,22 +27,34 @@ struct Shard {
 struct Pending {
     /// What an interrupt calls; `None` once it has.
     cancel: Option<Arc<dyn Cancel>>,
-    /// When this layer answers in the place of the file system.
-    due: Option<Instant>,
+    wait: Wait,
+    /// When an interrupted request is overdue, if its caller is being killed.
+    interrupt_due: Option<Instant>,
+}
+
+/// How long a request may be pending.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Wait {
+    /// The calling thread; 0 when it is not known.
+    pub pid: u32,
+    /// When it is overdue, whatever happens.
+    pub until: Option<Instant>,
 }
 
 /// A request that has waited too long.
 pub struct Overdue {
     /// Its number.
     pub unique: u64,
-    /// To be told that nobody wants the answer any more. `None`: it was told, when a signal came.
+    /// A signal has come.
+    pub interrupted: bool,
+    /// To be told that nobody wants the answer any more. `None`: it was told, when the signal came.
     pub cancel: Option<Arc<dyn Cancel>>,
 }
 
 /// The pending requests that can be interrupted.
 pub struct Interrupts {
     shards: [Mutex<Shard>; SHARDS],
-    /// How long after its interrupt a request may still be pending.
+    /// How long after its interrupt a request may still be pending whose caller is being killed.
     grace: Duration,
 }
 
@@ -57,17 +69,14 @@ impl Interrupts {
         &self.shards[(unique >> 1) as usize % SHARDS]
     }
 
-    /// A request is left pending, until `due` at most. `false`: its interrupt has already come, and `cancel` will not
-    /// be called.
-    pub fn register(&self, unique: u64, cancel: Arc<dyn Cancel>, due: Option<Instant>) -> bool {
+    /// A request is left pending. `false`: its interrupt has already come, and `cancel` will not be called.
+    pub fn register(&self, unique: u64, cancel: Arc<dyn Cancel>, wait: Wait) -> bool {
         let mut shard = self.shard(unique).lock();
         let early = shard.early.iter().position(|(early, _)| *early == unique);
-        let pending = match early.and_then(|position| shard.early.remove(position)) {
-            Some((_, due)) => Pending { cancel: None, due: Some(due) },
-            None => Pending { cancel: Some(cancel), due },
-        };
-        shard.pending.insert(unique, pending);
-        early.is_none()
+        let interrupt_due = early.and_then(|position| shard.early.remove(position)).map(|(_, due)| due);
+        let cancel = interrupt_due.is_none().then_some(cancel);
+        shard.pending.insert(unique, Pending { cancel, wait, interrupt_due });
+        interrupt_due.is_none()
     }
 
     /// A request has its answer.
@@ -80,7 +89,7 @@ impl Interrupts {
         let due = Instant::now() + self.grace;
         let mut shard = self.shard(unique).lock();
         if let Some(pending) = shard.pending.get_mut(&unique) {
-            pending.due = Some(pending.due.map_or(due, |earlier| earlier.min(due)));
+            pending.interrupt_due = Some(due);
             return pending.cancel.take();
         }
         if shard.early.len() == EARLY {
@@ -90,15 +99,29 @@ impl Interrupts {
         None
     }
 
-    /// Takes out what is overdue at that time. Of the early interrupts most have long been answered.
-    pub fn overdue(&self, now: Instant) -> Vec<Overdue> {
+    /// Takes out what is overdue at that time. A request whose caller goes on after a signal is not: it may be one that
+    /// rightly takes long. Of the early interrupts most have long been answered.
+    pub fn overdue(&self, now: Instant, being_killed: impl Fn(u32) -> bool) -> Vec<Overdue> {
+        let is_due = |due: Option<Instant>| due.is_some_and(|due| due <= now);
         let mut overdue = Vec::new();
         for shard in &self.shards {
+            let signalled = |(&unique, pending): (&u64, &Pending)| {
+                is_due(pending.interrupt_due).then_some((unique, pending.wait.pid))
+            };
+            let signalled: Vec<(u64, u32)> = shard.lock().pending.iter().filter_map(signalled).collect();
+            // Asks /proc, so not under the lock.
+            let killed: Vec<u64> =
+                signalled.into_iter().filter(|&(_, pid)| being_killed(pid)).map(|(unique, _)| unique).collect();
             let Shard { pending, early } = &mut *shard.lock();
-            let late = pending.extract_if(|_, pending| pending.due.is_some_and(|due| due <= now));
-            overdue.extend(late.map(|(unique, pending)| Overdue { unique, cancel: pending.cancel }));
-            while early.front().is_some_and(|(_, due)| *due <= now) {
-                overdue.extend(early.pop_front().map(|(unique, _)| Overdue { unique, cancel: None }));
+            let late = pending.extract_if(|unique, pending| is_due(pending.wait.until) || killed.contains(unique));
+            overdue.extend(late.map(|(unique, pending)| Overdue {
+                unique,
+                interrupted: pending.interrupt_due.is_some(),
+                cancel: pending.cancel,
+            }));
+            while early.front().is_some_and(|&(_, due)| due <= now) {
+                let early = early.pop_front().map(|(unique, _)| unique);
+                overdue.extend(early.map(|unique| Overdue { unique, interrupted: true, cancel: None }));
             }
         }
         overdue
@@ -133,7 +156,7 @@ mod tests {
     fn an_interrupt_ends_its_request_once() {
         let table = table();
         let counting = Arc::new(Counting::default());
-        assert!(table.register(2, counting.clone(), None));
+        assert!(table.register(2, counting.clone(), Wait::default()));
         assert!(table.interrupted(4).is_none());
         table.interrupted(2).unwrap().cancel();
         assert!(table.interrupted(2).is_none());
@@ -144,14 +167,14 @@ mod tests {
     fn an_early_interrupt_is_remembered() {
         let table = table();
         assert!(table.interrupted(6).is_none());
-        assert!(!table.register(6, Arc::new(Counting::default()), None));
-        assert!(table.register(8, Arc::new(Counting::default()), None));
+        assert!(!table.register(6, Arc::new(Counting::default()), Wait::default()));
+        assert!(table.register(8, Arc::new(Counting::default()), Wait::default()));
     }
 
     #[test]
     fn finished_requests_are_not_cancelled() {
         let table = table();
-        assert!(table.register(2, Arc::new(Counting::default()), None));
+        assert!(table.register(2, Arc::new(Counting::default()), Wait::default()));
         table.finished(2);
         assert!(table.interrupted(2).is_none());
     }
@@ -164,27 +187,33 @@ mod tests {
         }
         let kept: usize = table.shards.iter().map(|shard| shard.lock().early.len()).sum();
         assert_eq!(kept, SHARDS * EARLY);
-        assert!(!table.register(199_998, Arc::new(Counting::default()), None), "the newest are kept");
+        assert!(!table.register(199_998, Arc::new(Counting::default()), Wait::default()), "the newest are kept");
     }
 
     #[test]
-    fn what_is_interrupted_or_past_its_limit_becomes_overdue_once() {
+    fn what_is_killed_or_past_its_limit_becomes_overdue_once() {
         let table = table();
         let now = Instant::now();
-        let (limit, later) = (now + Duration::from_secs(5), now + Duration::from_secs(60));
-        assert!(table.register(2, Arc::new(Counting::default()), None));
-        assert!(table.register(4, Arc::new(Counting::default()), Some(limit)));
-        assert!(table.register(6, Arc::new(Counting::default()), None));
-        assert!(table.register(8, Arc::new(Counting::default()), Some(limit)));
+        let later = now + Duration::from_secs(60);
+        let limited = Wait { pid: 1, until: Some(now + Duration::from_secs(5)) };
+        let by = |pid| Wait { pid, until: None };
+        for (unique, wait) in [(2, by(1)), (4, limited), (6, by(7)), (8, limited), (12, by(1))] {
+            assert!(table.register(unique, Arc::new(Counting::default()), wait));
+        }
         assert!(table.interrupted(6).is_some());
+        assert!(table.interrupted(12).is_some());
         assert!(table.interrupted(10).is_none());
         table.finished(8);
-        assert!(table.overdue(now).is_empty());
+        let killed = |pid| pid == 7;
+        assert!(table.overdue(now, killed).is_empty());
+        let overdue = table.overdue(later, killed);
         let mut overdue: Vec<_> =
-            table.overdue(later).iter().map(|late| (late.unique, late.cancel.is_some())).collect();
+            overdue.iter().map(|late| (late.unique, late.interrupted, late.cancel.is_some())).collect();
         overdue.sort_unstable();
-        assert_eq!(overdue, [(4, true), (6, false), (10, false)]);
-        assert!(table.overdue(later).is_empty());
+        assert_eq!(overdue, [(4, false, true), (6, true, false), (10, true, false)]);
+        assert!(table.overdue(later, killed).is_empty());
+        let overdue = table.overdue(later, |_| true);
+        assert_eq!(overdue.iter().map(|late| late.unique).collect::<Vec<_>>(), [12], "it is killed now");
         assert_eq!(table.drain().len(), 1);
     }
 }

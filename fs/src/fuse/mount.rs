@@ -36,7 +36,8 @@ pub struct MountOptions {
 /// that keeps to its own deadlines never sees it happen.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Patience {
-    /// After the interrupt of a request: then EINTR. The process waits in D from the signal on.
+    /// After the interrupt of a request whose process is being killed: then EINTR. The process waits in D from the
+    /// signal on.
     pub after_signal: std::time::Duration,
     /// After an operation during which the kernel holds a lock of a directory, file or page has come: then
     /// ETIMEDOUT. Others wait in D behind it.

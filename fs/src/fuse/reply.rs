@@ -2,11 +2,12 @@
 
 use super::abi;
 use super::connection::{Channel, Undelivered};
+use super::interrupt::Wait;
 use crate::errno::Errno;
 use crate::tree::ops::{Answer, Attr, Cancel, DirEntry, Entry, NodeId, Opened, ROOT, Respond, StatFs};
 use rustix::io;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 use zerocopy::IntoBytes;
 
 /// The kernel takes link targets up to one page, less the NUL that it appends.
@@ -44,14 +45,14 @@ pub struct Responder {
     /// The request is in the table of those that can be interrupted.
     registered: bool,
     answered: bool,
-    /// When it is to be answered at the latest, if that is limited.
-    due: Option<Instant>,
+    /// How long it may be left pending.
+    wait: Wait,
 }
 
 impl Responder {
     /// For the request with that number, read through that channel.
-    pub fn new(channel: Arc<Channel>, unique: u64, expect: Expect, due: Option<Instant>) -> Self {
-        Responder { channel, unique, expect, registered: false, answered: false, due }
+    pub fn new(channel: Arc<Channel>, unique: u64, expect: Expect, wait: Wait) -> Self {
+        Responder { channel, unique, expect, registered: false, answered: false, wait }
     }
 
     fn answer(&mut self, answer: Result<Answer, Errno>) {
@@ -202,7 +203,7 @@ impl Respond for Responder {
 
     fn set_cancel(&mut self, cancel: Arc<dyn Cancel>) -> bool {
         self.registered = true;
-        self.channel.connection.interrupts.register(self.unique, cancel, self.due)
+        self.channel.connection.interrupts.register(self.unique, cancel, self.wait)
     }
 }
 

@@ -1,6 +1,7 @@
 //! Serving: threads that read requests and hand them on.
 
 use super::connection::{Channel, Connection, guarded};
+use super::interrupt::Wait;
 use super::mount::{MountError, Mounted, Place};
 use super::negotiate::BUFFER;
 use super::notify::{self, Notifier};
@@ -139,8 +140,9 @@ fn handle(channel: &Arc<Channel>, message: &[u8]) {
     let unique = header.unique;
     let caller = Caller { uid: header.uid, gid: header.gid, pid: header.pid };
     let dispatch = |op: Op<'_>, expect: Expect| {
-        let due = watch::holds_lock(&op).then(|| Instant::now() + connection.lock_limit);
-        let responder = Box::new(Responder::new(channel.clone(), unique, expect, due));
+        let until = watch::holds_lock(&op).then(|| Instant::now() + connection.lock_limit);
+        let wait = Wait { pid: header.pid, until };
+        let responder = Box::new(Responder::new(channel.clone(), unique, expect, wait));
         guarded("dispatch", || connection.files.dispatch(caller, op, responder));
     };
     let refuse = |errno: Errno| {

@@ -1,10 +1,11 @@
-//! The last resort: nobody stays in state D because of a request that the file system has forgotten, or whose interrupt
-//! it does not obey. docs/KERNEL-LOCKS.md says what waits for what.
+//! The last resort: nobody stays in state D because of a request that the file system has forgotten, and no process that
+//! is being killed because of one whose interrupt the file system does not obey. docs/KERNEL-LOCKS.md says what waits for what.
 
 use super::connection::{Connection, guarded};
 use super::interrupt::Overdue;
 use super::mount::Patience;
 use crate::errno::Errno;
+use crate::link::killed::being_killed;
 use crate::tree::ops::Op;
 use parking_lot::{Condvar, Mutex};
 use std::sync::{Arc, Weak};
@@ -98,10 +99,10 @@ fn look(connection: &Weak<Connection>, end: &End, tick: Duration) {
     while !*ended {
         end.changed.wait_for(&mut ended, tick);
         let Some(connection) = connection.upgrade() else { break };
-        for Overdue { unique, cancel } in connection.interrupts.overdue(Instant::now()) {
+        for Overdue { unique, interrupted, cancel } in connection.interrupts.overdue(Instant::now(), being_killed) {
             // The kernel takes one answer: if the file system's comes at this moment, one of the two finds no request,
             // and what it would have given is given back.
-            let errno = if cancel.is_some() { Errno::ETIMEDOUT } else { Errno::EINTR };
+            let errno = if interrupted { Errno::EINTR } else { Errno::ETIMEDOUT };
             if connection.send_error_anywhere(unique, errno) {
                 tracing::error!(unique, %errno, "defect: a request is overdue, answered in its place");
             }

@@ -5,7 +5,7 @@ const SIGKILL_BIT: u64 = 1 << (libc::SIGKILL - 1);
 
 /// Whether the thread has SIGKILL pending, or is gone already. `false` when that cannot be known (`pid` 0: a process
 /// of another pid namespace).
-pub(super) fn being_killed(pid: u32) -> bool {
+pub fn being_killed(pid: u32) -> bool {
     if pid == 0 {
         return false;
     }

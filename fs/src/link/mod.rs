@@ -12,7 +12,7 @@
 mod error;
 mod expect;
 mod handshake;
-mod killed;
+pub(crate) mod killed;
 mod out;
 mod reader;
 mod shared;

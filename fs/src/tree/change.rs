@@ -150,12 +150,13 @@ fn check_rename(
     Ok(machine)
 }
 
-/// Whether removing this in a machine's files is refused to this process: see [`Ghosts::refuse`].
+/// Whether this in a machine's files is refused to this process: to remove anything, and to walk on through it, which
+/// would take long and end in nothing else: see [`Ghosts::refuse`].
 ///
 /// [`Ghosts::refuse`]: super::ghost::Ghosts::refuse
 pub fn is_refused(map: &Map, caller: Caller, slot: u32, op: &Op<'_>) -> bool {
     let is_protected = |machine: Arc<Machine>| machine.config_get("protect").as_deref() == Some("yes");
-    matches!(op, Op::Unlink { .. } | Op::RmDir { .. })
+    matches!(op, Op::Unlink { .. } | Op::RmDir { .. } | Op::OpenDir { .. })
         && map.ghosts.is_refused(caller, slot)
         && map.registry.by_slot(slot).is_some_and(is_protected)
 }

@@ -24,6 +24,7 @@ use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::fs::File;
 use std::io::{self, Read};
 use std::os::fd::OwnedFd;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -298,12 +299,13 @@ pub fn wait_for_children(patience: Duration) -> bool {
     }
 }
 
-/// The first `max` bytes of a file.
+/// The first `max` bytes of a file. Does not wait for a writer should there be a FIFO in its place.
 ///
 /// # Errors
 /// Those of opening and reading it.
 pub fn read_bounded(path: impl AsRef<Path>, max: u64) -> io::Result<Vec<u8>> {
     let mut text = Vec::new();
-    File::open(path)?.take(max).read_to_end(&mut text)?;
+    let file = File::options().read(true).custom_flags(libc::O_NONBLOCK).open(path)?;
+    file.take(max).read_to_end(&mut text)?;
     Ok(text)
 }

@@ -140,5 +140,9 @@ mod tests {
         }
         let empty = tempfile::tempdir().unwrap();
         assert_eq!(super::find(empty.path(), b"").unwrap().home, b"/root");
+        // A user database nobody ever writes into must not hold up the agent.
+        let (fifo, mode) = (rustix::fs::FileType::Fifo, rustix::fs::Mode::RUSR);
+        rustix::fs::mknodat(rustix::fs::CWD, empty.path().join("passwd"), fifo, mode, 0).unwrap();
+        assert_eq!(super::find(empty.path(), b"").unwrap().home, b"/root");
     }
 }
