@@ -5,7 +5,7 @@
 mod fuse_support;
 
 use fuse_support::fake::{Content, Fake};
-use fuse_support::{Mount, shell};
+use fuse_support::{Mount, eventually, shell};
 use machinefs::tree::ops::{Opened, ROOT};
 use std::collections::BTreeMap;
 use std::sync::atomic::Ordering;
@@ -71,6 +71,27 @@ fn defects_of_the_file_system_become_errors_of_one_request() {
     script(&mount, &format!("python3 -c \"{python}\""), "EIO\n");
     script(&mount, "cat f", "x");
     assert!(mount.session().is_alive());
+}
+
+#[test]
+fn attributes_that_a_guest_may_not_choose_are_refused_and_nothing_leaks() {
+    require_fuse!();
+    let mount = Mount::new(Fake::new());
+    let change = |name: &[u8], change: fn(&mut machinefs::tree::ops::Attr)| {
+        let node = mount.fake.add(ROOT, name, Content::File(b"x".to_vec()));
+        mount.fake.set(node, |node| change(&mut node.attr));
+        node
+    };
+    let typeless = change(b"typeless", |attr| attr.mode = 0o644);
+    let huge = change(b"huge", |attr| attr.size = u64::MAX);
+    change(b"blocks", |attr| attr.blksize = 1 << 31);
+    change(b"no-blocks", |attr| attr.blksize = 0);
+    let python = "import os,errno\nfor name in 'typeless huge blocks no-blocks'.split():\n \
+        try: print(os.stat(name).st_blksize)\n except OSError as e: print(errno.errorcode[e.errno])";
+    script(&mount, &format!("python3 -c \"{python}\""), "EIO\nEIO\n1048576\n4096\n");
+    for node in [typeless, huge] {
+        eventually("its holds are given back", || mount.fake.nodes.lock().get(&node).unwrap().holds == 0);
+    }
 }
 
 #[test]

@@ -38,7 +38,7 @@ each_user! {
             test "$(stat -c %h $T/untarred/hard)" = 2
         "#).ok();
         if have("rsync") {
-            m.bash("rsync -a --no-specials $T/tree/ $D/files/root/synced/; test -z \"$(rsync -ani --no-specials $T/tree/ $D/files/root/synced/)\"").ok();
+            m.bash("rsync -a --exclude=fifo $T/tree/ $D/files/root/synced/; test -z \"$(rsync -ani --exclude=fifo $T/tree/ $D/files/root/synced/)\"").ok();
         } else {
             skip_part!("rsync is not installed");
         }
@@ -299,9 +299,8 @@ each_user! {
         m.python(&format!(r#"
 end = time.monotonic() + 3
 while time.monotonic() < end:
-    for path in ['dir{host}', 'dir/../../../../../../../../..{host}']:
-        try: assert 'of-the-host' not in open(f'{{D}}/files/root/' + path).read(), path
-        except OSError: pass
+    try: assert 'of-the-host' not in open(f'{{D}}/files/root/dir{host}').read()
+    except OSError: pass
 open(f'{{D}}/files/root/stop', 'w').close()
 "#)).ok();
         assert!(d.read(&host).contains("of-the-host"));

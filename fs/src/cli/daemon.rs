@@ -49,6 +49,9 @@ async fn serve(mountpoint: &Path, settings: &Settings) -> Result<(), String> {
     let mounted = fuse::mount(fuse::MountOptions { no_exec: settings.noexec, ..fuse::MountOptions::new(&mountpoint) })
         .map_err(|error| error.to_string())?;
     let session = mounted.serve(Arc::new(tree)).map_err(|error| error.to_string())?;
+    if let Some(expirer) = session.expirer() {
+        registry.cache().expire_by(Box::new(move || expirer.expire()));
+    }
     tracing::info!(mountpoint = %mountpoint.display(), state_dir = %settings.state_dir.display(), "serving");
     let ended = async {
         while session.is_alive() {

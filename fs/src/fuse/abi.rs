@@ -7,6 +7,8 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 pub const MAJOR: u32 = 7;
 /// Newest minor version that this code knows.
 pub const MINOR: u32 = 45;
+/// First minor version whose kernel takes [`notify::INC_EPOCH`] (Linux 6.16).
+pub const INC_EPOCH_MINOR: u32 = 44;
 /// Oldest minor version that has all the structures as they are here (Linux 5.4).
 pub const OLDEST_MINOR: u32 = 31;
 
@@ -164,6 +166,7 @@ pub mod notify {
     pub const INVAL_ENTRY: i32 = 3;
     pub const STORE: i32 = 4;
     pub const DELETE: i32 = 6;
+    pub const INC_EPOCH: i32 = 8;
 }
 
 macro_rules! structures {

@@ -76,7 +76,7 @@ impl Connection {
         self.has_undelivered.store(true, Ordering::Release);
     }
 
-    /// Gives back what the kernel never took. Called by reader threads between two requests.
+    /// Gives back what the kernel never took. Called with no request at hand.
     pub fn give_back(&self) {
         if !self.has_undelivered.swap(false, Ordering::AcqRel) {
             return;

@@ -27,6 +27,6 @@ mod stale;
 mod watch;
 
 pub use mount::{MountError, MountOptions, Mounted, Patience, mount, unmount};
-pub use notify::{Notice, Notifier, QueueFull};
+pub use notify::{Expirer, Notice, Notifier, QueueFull};
 pub use session::Session;
 pub use stale::replace_stale_mount;

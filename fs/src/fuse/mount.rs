@@ -117,12 +117,12 @@ pub struct Mounted {
 }
 
 impl Mounted {
-    /// Answers INIT, and gives the parts away: from here on dropping this does nothing.
-    pub(super) fn negotiated(mut self) -> Result<(OwnedFd, Place, MountOptions), MountError> {
-        if let Some((device, _, options)) = &self.parts {
-            super::negotiate::negotiate(device.as_fd(), options)?;
-        }
-        self.parts.take().ok_or(MountError::Protocol("served twice"))
+    /// Answers INIT, and gives the parts and the kernel's minor version away: from here on dropping this does nothing.
+    pub(super) fn negotiated(mut self) -> Result<(OwnedFd, Place, MountOptions, u32), MountError> {
+        let Some((device, _, options)) = &self.parts else { return Err(MountError::Protocol("served twice")) };
+        let minor = super::negotiate::negotiate(device.as_fd(), options)?;
+        let (device, place, options) = self.parts.take().ok_or(MountError::Protocol("served twice"))?;
+        Ok((device, place, options, minor))
     }
 }
 

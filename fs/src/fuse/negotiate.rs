@@ -49,8 +49,8 @@ fn wanted(options: &MountOptions) -> u64 {
         | init::HAS_RESEND
 }
 
-/// Reads INIT, which the kernel sends with the mount, and answers it.
-pub fn negotiate(device: BorrowedFd<'_>, options: &MountOptions) -> Result<(), MountError> {
+/// Reads INIT, which the kernel sends with the mount, and answers it. Gives the kernel's minor version.
+pub fn negotiate(device: BorrowedFd<'_>, options: &MountOptions) -> Result<u32, MountError> {
     let mut buffer = vec![0; BUFFER];
     let length = loop {
         match io::read(device, &mut buffer) {
@@ -97,5 +97,5 @@ pub fn negotiate(device: BorrowedFd<'_>, options: &MountOptions) -> Result<(), M
         missing = format_args!("{:#x}", wanted(options) & !offered),
         "FUSE session begins"
     );
-    Ok(())
+    Ok(input.minor)
 }

@@ -10,7 +10,7 @@ use parking_lot::{Condvar, Mutex};
 use rustix::fd::{AsRawFd, BorrowedFd};
 use rustix::io;
 use std::collections::VecDeque;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::thread::JoinHandle;
 use zerocopy::IntoBytes;
 
@@ -131,6 +131,27 @@ fn stored_bytes(notice: &Notice) -> usize {
     match notice {
         Notice::Store { data, .. } => data.len(),
         _ => 0,
+    }
+}
+
+/// Makes every name that the kernel remembers be looked up again at its next use, and its attributes with it.
+///
+/// The kernel only counts up a number for it (FUSE_NOTIFY_INC_EPOCH): unlike a [`Notice`] this takes no lock that a
+/// pending request could hold, so it needs no thread.
+#[derive(Clone)]
+pub struct Expirer(Weak<Connection>);
+
+impl Expirer {
+    pub(super) fn new(connection: &Arc<Connection>, minor: u32) -> Option<Expirer> {
+        (minor >= abi::INC_EPOCH_MINOR).then(|| Expirer(Arc::downgrade(connection)))
+    }
+
+    /// Does it; when this returns, the next use of a name asks. Does nothing after the end of the session.
+    pub fn expire(&self) {
+        let Some(connection) = self.0.upgrade() else { return };
+        if let Err(error) = send(connection.device(), 0, notify::INC_EPOCH, [&[], &[], &[]]) {
+            tracing::debug!(%error, "the kernel did not expire its names");
+        }
     }
 }
 

@@ -13,6 +13,12 @@ use zerocopy::IntoBytes;
 /// The kernel takes link targets up to one page, less the NUL that it appends.
 const LONGEST_LINK: usize = 4095;
 
+/// The longest name that any guest's file system has (NAME_MAX).
+const LONGEST_NAME: usize = 255;
+
+/// Limits of `st_blksize`: programs make buffers of that size, so it must not be a guest's to choose.
+const BLOCK_SIZES: std::ops::RangeInclusive<u32> = 512..=1024 * 1024;
+
 /// The form that the answer to a request must have.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[allow(missing_docs, reason = "the limits are those of the request")]
@@ -26,9 +32,9 @@ pub enum Expect {
     OpenedDir { node: NodeId },
     Created,
     Data { max: u32 },
-    Written,
-    Copied,
-    Copied64,
+    Written { max: u32 },
+    Copied { max: u64 },
+    Copied64 { max: u64 },
     Dir { max: usize, plus: bool },
     StatFs,
     Xattr { max: u32 },
@@ -89,15 +95,17 @@ impl Responder {
     fn encode(&self, answer: Answer) -> io::Result<()> {
         match (self.expect, answer) {
             (Expect::Nothing, Answer::Ok) => self.send([&[], &[], &[]]),
-            (Expect::Entry, Answer::Entry(entry)) => {
+            (Expect::Entry, Answer::Entry(entry)) if entry.node == 0 || is_valid(&entry.attr) => {
                 self.send_or_keep([entry_out(&entry).as_bytes(), &[], &[]], [hold(&entry)])
             }
-            (Expect::Attr, Answer::Attr(attr, ttl)) => {
+            (Expect::Attr, Answer::Attr(attr, ttl)) if is_valid(&attr) => {
                 let (attr_valid, attr_valid_nsec) = split_ttl(ttl);
                 let out = abi::GetAttrOut { attr_valid, attr_valid_nsec, dummy: 0, attr: attr_out(&attr) };
                 self.send([out.as_bytes(), &[], &[]])
             }
-            (Expect::Statx, Answer::Attr(attr, ttl)) => self.send([statx_out(&attr, ttl).as_bytes(), &[], &[]]),
+            (Expect::Statx, Answer::Attr(attr, ttl)) if is_valid(&attr) => {
+                self.send([statx_out(&attr, ttl).as_bytes(), &[], &[]])
+            }
             (Expect::Link, Answer::Data(target)) if target.len() <= LONGEST_LINK => self.send([&target, &[], &[]]),
             (Expect::Link, Answer::Data(_)) => self.send_error(Errno::ENAMETOOLONG),
             (Expect::Opened { node }, Answer::Opened(opened)) => self
@@ -106,15 +114,18 @@ impl Responder {
                 [open_out(&opened).as_bytes(), &[], &[]],
                 [Some(Undelivered::Directory(node, opened.handle))],
             ),
-            (Expect::Created, Answer::Created(entry, opened)) => self.send_or_keep(
+            (Expect::Created, Answer::Created(entry, opened)) if is_file(&entry) => self.send_or_keep(
                 [entry_out(&entry).as_bytes(), open_out(&opened).as_bytes(), &[]],
                 [Some(Undelivered::File(entry.node, opened.handle)), hold(&entry)],
             ),
             (Expect::Data { max }, Answer::Data(data)) if data.len() <= max as usize => self.send([&data, &[], &[]]),
-            (Expect::Written | Expect::Copied, Answer::Count(size)) => {
+            (Expect::Written { max }, Answer::Count(size)) if size <= max => {
                 self.send([abi::WriteOut { size, padding: 0 }.as_bytes(), &[], &[]])
             }
-            (Expect::Copied64, Answer::Count(size)) => {
+            (Expect::Copied { max }, Answer::Count(size)) if u64::from(size) <= max => {
+                self.send([abi::WriteOut { size, padding: 0 }.as_bytes(), &[], &[]])
+            }
+            (Expect::Copied64 { max }, Answer::Count(size)) if u64::from(size) <= max => {
                 self.send([abi::CopyFileRangeOut { bytes_copied: u64::from(size) }.as_bytes(), &[], &[]])
             }
             (Expect::Dir { max, plus }, Answer::Dir(entries)) => self.send_listing(max, plus, &entries),
@@ -143,8 +154,26 @@ impl Responder {
             }
             (expect, answer) => {
                 tracing::error!(?expect, answer = form(&answer), "defect: an answer that does not fit its request");
+                self.channel.connection.give_back_later(self.given_by(&answer));
                 self.send_error(Errno::EIO)
             }
+        }
+    }
+
+    /// What an answer gives to the kernel: it is not there to give it back, when the kernel does not get to see it, or
+    /// refuses it.
+    fn given_by(&self, answer: &Answer) -> Vec<Undelivered> {
+        match (self.expect, answer) {
+            (_, Answer::Entry(entry)) => hold(entry).into_iter().collect(),
+            (_, Answer::Created(entry, opened)) => {
+                [Some(Undelivered::File(entry.node, opened.handle)), hold(entry)].into_iter().flatten().collect()
+            }
+            (_, Answer::Dir(entries)) => {
+                entries.iter().filter_map(|entry| entry.entry.as_ref().and_then(hold)).collect()
+            }
+            (Expect::Opened { node }, Answer::Opened(opened)) => vec![Undelivered::File(node, opened.handle)],
+            (Expect::OpenedDir { node }, Answer::Opened(opened)) => vec![Undelivered::Directory(node, opened.handle)],
+            _ => Vec::new(),
         }
     }
 
@@ -158,7 +187,8 @@ impl Responder {
         for entry in entries {
             full = full || buffer.len() + cost(entry.name.len()) > max;
             // One bad name would make the kernel refuse the whole listing.
-            let bad = entry.name.is_empty() || entry.name.iter().any(|&byte| byte == b'/' || byte == 0);
+            let length_is_bad = entry.name.is_empty() || entry.name.len() > LONGEST_NAME;
+            let bad = length_is_bad || entry.name.iter().any(|&byte| byte == b'/' || byte == 0);
             if bad {
                 tracing::error!(name = %entry.name.escape_ascii(), "defect: a listing with an impossible name");
             }
@@ -267,6 +297,23 @@ fn hold(entry: &Entry) -> Option<Undelivered> {
     (entry.node != 0 && entry.node != ROOT).then_some(Undelivered::Hold(entry.node))
 }
 
+/// Whether the kernel takes these attributes: others it answers with EIO, and forgets what it was given with them.
+fn is_valid(attr: &Attr) -> bool {
+    use libc::{S_IFBLK, S_IFCHR, S_IFDIR, S_IFIFO, S_IFLNK, S_IFMT, S_IFREG, S_IFSOCK};
+    let kinds = [S_IFREG, S_IFDIR, S_IFLNK, S_IFIFO, S_IFSOCK, S_IFCHR, S_IFBLK];
+    kinds.contains(&(attr.mode & S_IFMT)) && i64::try_from(attr.size).is_ok()
+}
+
+/// Whether the kernel takes this as the answer to CREATE.
+fn is_file(entry: &Entry) -> bool {
+    entry.node > ROOT && is_valid(&entry.attr) && entry.attr.mode & libc::S_IFMT == libc::S_IFREG
+}
+
+/// 0 leaves it to the kernel.
+fn block_size(wanted: u32) -> u32 {
+    if wanted == 0 { 0 } else { wanted.clamp(*BLOCK_SIZES.start(), *BLOCK_SIZES.end()) }
+}
+
 fn split_ttl(ttl: Duration) -> (u64, u32) {
     (ttl.as_secs(), ttl.subsec_nanos())
 }
@@ -287,7 +334,7 @@ fn attr_out(attr: &Attr) -> abi::AttrOut {
         uid: attr.uid,
         gid: attr.gid,
         rdev: abi::encode_device(attr.rdev),
-        blksize: attr.blksize,
+        blksize: block_size(attr.blksize),
         flags: 0,
     }
 }
@@ -311,7 +358,7 @@ fn statx_out(attr: &Attr, ttl: Duration) -> abi::StatxOut {
     let (attr_valid, attr_valid_nsec) = split_ttl(ttl);
     let stat = abi::StatxAttr {
         mask: libc::STATX_BASIC_STATS,
-        blksize: attr.blksize,
+        blksize: block_size(attr.blksize),
         nlink: attr.nlink,
         uid: attr.uid,
         gid: attr.gid,

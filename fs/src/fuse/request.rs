@@ -180,7 +180,10 @@ pub fn decode<'a>(header: &abi::InHeader, body: &'a [u8]) -> Result<Request<'a>,
             let kill_suidgid = input.write_flags & abi::WRITE_KILL_SUIDGID != 0;
             let abi::WriteIn { fh: handle, offset, size, flags, .. } = input;
             let data = body.bytes(size)?;
-            Request::Op(Op::Write { node, handle, offset, data, flags, owner, kill_suidgid }, Expect::Written)
+            Request::Op(
+                Op::Write { node, handle, offset, data, flags, owner, kill_suidgid },
+                Expect::Written { max: size },
+            )
         }
         Opcode::Flush => {
             let input: abi::FlushIn = body.take()?;
@@ -237,8 +240,8 @@ pub fn decode<'a>(header: &abi::InHeader, body: &'a [u8]) -> Result<Request<'a>,
             let abi::LSeekIn { fh: handle, offset, whence, .. } = input;
             Request::Op(Op::Seek { node, handle, offset, whence }, Expect::Offset { from: offset })
         }
-        Opcode::CopyFileRange => copy_range(node, body.take()?, u64::from(u32::MAX), Expect::Copied),
-        Opcode::CopyFileRange64 => copy_range(node, body.take()?, u64::MAX, Expect::Copied64),
+        Opcode::CopyFileRange => copy_range(node, body.take()?, u64::from(u32::MAX), |max| Expect::Copied { max }),
+        Opcode::CopyFileRange64 => copy_range(node, body.take()?, u64::MAX, |max| Expect::Copied64 { max }),
         Opcode::GetLk | Opcode::SetLk | Opcode::SetLkW => {
             let input: abi::LkIn = body.take()?;
             let abi::FileLock { start, end, kind, pid } = input.lk;
@@ -276,7 +279,8 @@ fn rename<'a>(parent: NodeId, new_parent: NodeId, flags: u32, body: &mut Body<'a
     Ok(Request::Op(Op::Rename { parent, name, new_parent, new_name, flags }, Expect::Nothing))
 }
 
-fn copy_range<'a>(node: NodeId, input: abi::CopyFileRangeIn, most: u64, expect: Expect) -> Request<'a> {
+fn copy_range<'a>(node: NodeId, input: abi::CopyFileRangeIn, most: u64, expect: fn(u64) -> Expect) -> Request<'a> {
+    let len = input.len.min(most);
     let op = Op::CopyRange {
         from: node,
         from_handle: input.fh_in,
@@ -284,9 +288,9 @@ fn copy_range<'a>(node: NodeId, input: abi::CopyFileRangeIn, most: u64, expect: 
         to: input.node_out,
         to_handle: input.fh_out,
         to_offset: input.off_out,
-        len: input.len.min(most),
+        len,
     };
-    Request::Op(op, expect)
+    Request::Op(op, expect(len))
 }
 
 fn set_attr(input: &abi::SetAttrIn) -> SetAttr {

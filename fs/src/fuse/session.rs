@@ -4,7 +4,7 @@ use super::connection::{Channel, Connection, guarded};
 use super::interrupt::Wait;
 use super::mount::{MountError, Mounted, Place};
 use super::negotiate::BUFFER;
-use super::notify::{self, Notifier};
+use super::notify::{self, Expirer, Notifier};
 use super::poll::Waker;
 use super::reply::{Expect, Responder, log_undelivered, send_error};
 use super::request::{self, Request};
@@ -16,12 +16,17 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::Instant;
 
+/// Unexpected errors in a row, with a pause after each, after which a reader gives up.
+const MOST_FAILURES: u32 = 100;
+const PAUSE: std::time::Duration = std::time::Duration::from_millis(100);
+
 /// A mount that is being served. Unmounts (lazily) when it is dropped.
 pub struct Session {
     place: Place,
     readers: Vec<JoinHandle<()>>,
     notifier: Notifier,
     notifier_thread: Option<JoinHandle<()>>,
+    expirer: Option<Expirer>,
     watch: Option<Watch>,
 }
 
@@ -31,12 +36,19 @@ impl Mounted {
     /// # Errors
     /// A kernel whose protocol is too old, a mount that is gone already, no more threads. The mount is then undone.
     pub fn serve(self, files: Arc<dyn Files>) -> Result<Session, MountError> {
-        let (device, place, options) = self.negotiated()?;
+        let (device, place, options, minor) = self.negotiated()?;
         let connection = Arc::new(Connection::new(Arc::new(device), files, options.patience));
         let (notifier, notifier_thread) =
             notify::start(&connection).map_err(|error| MountError::Threads(error.to_string()))?;
-        let mut session =
-            Session { place, readers: Vec::new(), notifier, notifier_thread: Some(notifier_thread), watch: None };
+        let mut session = Session {
+            place,
+            readers: Vec::new(),
+            notifier,
+            notifier_thread: Some(notifier_thread),
+            expirer: None,
+            watch: None,
+        };
+        session.expirer = Expirer::new(&connection, minor);
         let watch = Watch::start(&connection, options.patience);
         session.watch = Some(watch.map_err(|error| MountError::Threads(error.to_string()))?);
         let count =
@@ -81,6 +93,11 @@ impl Session {
         self.notifier.clone()
     }
 
+    /// What makes the kernel ask for every name again; `None` where it cannot (before Linux 6.16).
+    pub fn expirer(&self) -> Option<Expirer> {
+        self.expirer.clone()
+    }
+
     fn join_threads(&mut self) {
         for reader in self.readers.drain(..) {
             // A reader ends by return only; a panic outside of the file system's code would show here.
@@ -111,13 +128,23 @@ impl Drop for Session {
 fn read_requests(channel: &Arc<Channel>) {
     let connection = &channel.connection;
     let mut buffer = vec![0; BUFFER];
+    let mut failures = 0;
     loop {
         match channel.read(&mut buffer) {
-            Ok(length) => handle(channel, buffer.get(..length).unwrap_or_default()),
+            Ok(length) => {
+                failures = 0;
+                handle(channel, buffer.get(..length).unwrap_or_default());
+            }
             // A signal; or a request that was given up while it was being read.
             Err(io::Errno::INTR | io::Errno::NOENT | io::Errno::AGAIN) => {}
             // Unmounted; aborted through fusectl or `umount -f`.
             Err(io::Errno::NODEV | io::Errno::CONNABORTED) => break,
+            // Nothing that is known; should it pass, nobody must be left without an answer.
+            Err(error) if failures < MOST_FAILURES => {
+                failures += 1;
+                tracing::error!(%error, failures, "reading /dev/fuse failed");
+                std::thread::sleep(PAUSE);
+            }
             Err(error) => {
                 tracing::error!(%error, "reading /dev/fuse failed, this reader ends");
                 break;

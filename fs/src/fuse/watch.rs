@@ -110,5 +110,7 @@ fn look(connection: &Weak<Connection>, end: &End, tick: Duration) {
                 guarded("cancel", || cancel.cancel());
             }
         }
+        // Readers do it too, but not before the next request.
+        connection.give_back();
     }
 }

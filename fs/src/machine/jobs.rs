@@ -259,6 +259,8 @@ impl Jobs {
     }
 
     fn finish(&self, machine: &Arc<Machine>, job: &Arc<Job>, phase: Phase) {
+        // Before anybody can see that it has ended.
+        machine.shared.cache().expire();
         if !job.finish(phase, |line| machine.history.append(format!("{line}\n").as_bytes())) {
             return;
         }

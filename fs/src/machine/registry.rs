@@ -10,6 +10,7 @@ use super::store::{self, LogKind, MachineRow, Store};
 use super::textlog::TextLog;
 use super::watch::Watch;
 use super::{LOG_LIMIT, LOG_LINES, Life, Machine, RunFacts, Verb, config};
+use crate::tree::cache::HostCache;
 use crate::tree::guest::GuestFiles;
 use crate::tree::ops::Caller;
 use dashmap::DashMap;
@@ -42,6 +43,7 @@ pub struct Shared {
     pub(super) store: Store,
     pub(super) runtime: tokio::runtime::Handle,
     pub(super) events: Events,
+    cache: Arc<HostCache>,
     /// Random, one for each life of the daemon.
     pub(super) life: u64,
     pub(super) mount_uid: u32,
@@ -58,6 +60,11 @@ pub struct Shared {
 impl Shared {
     pub(super) fn backend(&self) -> Arc<dyn Backend> {
         self.options.backend.clone()
+    }
+
+    /// What the host's kernel remembers of guests.
+    pub(super) fn cache(&self) -> Arc<HostCache> {
+        self.cache.clone()
     }
 
     pub(super) fn next_epoch(&self) -> u32 {
@@ -130,6 +137,11 @@ pub(super) fn parse_pairs(words: &[String]) -> Result<Vec<(String, String)>, Mac
 }
 
 impl Registry {
+    /// What the host's kernel remembers of guests.
+    pub fn cache(&self) -> Arc<HostCache> {
+        self.shared.cache()
+    }
+
     /// Opens the state directory and takes up the machines in it. To be called within a tokio runtime.
     ///
     /// # Errors
@@ -145,6 +157,7 @@ impl Registry {
             store,
             runtime: tokio::runtime::Handle::current(),
             events,
+            cache: Arc::default(),
             life,
             mount_uid: rustix::process::geteuid().as_raw(),
             options,

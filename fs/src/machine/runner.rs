@@ -218,8 +218,7 @@ fn guest_files(machine: &Arc<Machine>, link: &Arc<Link>, info: &GuestInfo) -> (A
         default_user: info.default_user,
         map_owner: swap,
         root_ino: crate::tree::node::files_ino(machine.slot),
-        entry_ttl: Duration::from_secs(1),
-        attr_ttl: Duration::from_secs(1),
+        cache: machine.shared.cache(),
     };
     (Arc::new(GuestFiles::new(link.clone(), view)), epoch)
 }

@@ -16,6 +16,7 @@ mod request;
 mod symlink;
 mod xattr;
 
+use super::cache::HostCache;
 use super::ops::{Answer, Attr, Caller, Entry, Files, NodeId, Op, Ready, Responder};
 use crate::errno::Errno;
 use crate::link::Link;
@@ -49,7 +50,7 @@ const NEXT_PAGE: u32 = 256 * 1024;
 const READY: u32 = (libc::POLLIN | libc::POLLOUT | libc::POLLRDNORM | libc::POLLWRNORM) as u32;
 
 /// How a guest's files are shown.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct GuestView {
     /// The machine's persisted number (24 bits), for inode numbers.
     pub slot: u32,
@@ -65,10 +66,8 @@ pub struct GuestView {
     pub map_owner: bool,
     /// Inode number of the root.
     pub root_ino: u64,
-    /// How long names may be remembered.
-    pub entry_ttl: Duration,
-    /// How long attributes may be remembered.
-    pub attr_ttl: Duration,
+    /// What the host's kernel remembers of guests.
+    pub cache: Arc<HostCache>,
 }
 
 /// The files of one guest in one boot. Its root directory is [`GuestFiles::root`].
@@ -208,7 +207,7 @@ impl Guest {
     }
 
     fn attr(&self, node: u64, attr: &file::Attr) -> (Attr, Duration) {
-        let ttl = if node == ROOT { Duration::ZERO } else { self.view.attr_ttl };
+        let ttl = if node == ROOT { Duration::ZERO } else { self.view.cache.ttl() };
         (attr::to_host(&self.view, self.users, self.groups, node, attr), ttl)
     }
 
@@ -223,7 +222,8 @@ impl Guest {
         drop(nodes);
         let (attr, attr_ttl) = self.attr(entry.node, &entry.attr);
         let link = entry.attr.mode & libc::S_IFMT == libc::S_IFLNK;
-        let entry_ttl = if link { self.view.entry_ttl.min(SYMLINK_TTL) } else { self.view.entry_ttl };
+        let ttl = self.view.cache.ttl();
+        let entry_ttl = if link { ttl.min(SYMLINK_TTL) } else { ttl };
         Ok(Entry { node: self.node_id(entry.node), generation: entry.generation, attr, entry_ttl, attr_ttl })
     }
 
