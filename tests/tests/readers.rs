@@ -84,7 +84,7 @@ each_user! {
             ("find", format!("find {own} -maxdepth 4 -ls > /dev/null 2>&1 || true")),
             ("ls", format!("ls -lRa {own} --ignore=proc --ignore=sys > /dev/null || true")),
             ("grep", format!("grep -r needle {own} --exclude-dir=files > /dev/null || true")),
-            ("tar", format!("tar --exclude=files -cf - {own} 2> /dev/null | cat > /dev/null")),
+            ("tar", format!("tar --exclude=files --exclude=wait --exclude=out --exclude=stdout --exclude=stderr --exclude=exit -cf - {own} 2> /dev/null | cat > /dev/null")),
             ("du", format!("du -s {own} --exclude=files > /dev/null")),
             ("rg", format!("rg needle {own} README > /dev/null || true")),
             ("git", "git hash-object README > /dev/null".to_string()),

@@ -20,6 +20,7 @@ pub fn content(machine: &Arc<Machine>, kind: Kind) -> Option<(Content, SystemTim
     let jobs = machine.jobs();
     Some(match kind {
         Kind::Ctl => (Content::Ctl(machine.clone(), usage(VERBS).into_bytes()), machine.created()),
+        Kind::MachineIgnore => (text(super::readme::machine_ignore()), machine.created()),
         Kind::Status => (text(format!("{}\n", machine.state().word())), machine.state_changed()),
         Kind::Info => (text(machine.info_text()), info_changed(machine)),
         Kind::InfoJson => (text(machine.info_json()), info_changed(machine)),

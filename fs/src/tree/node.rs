@@ -116,6 +116,8 @@ kinds! {
     History = 79,
     /// `NAME/work`
     Work = 80,
+    /// `NAME/.ignore`
+    MachineIgnore = 81,
     /// `NAME/config/KEY`
     ConfigKey = 96,
     /// `NAME/jobs/N/cmd`

@@ -85,14 +85,26 @@ fn path(row: &table::Row) -> String {
 
 /// The text of `.ignore` (the syntax of gitignore, read by rg, fd and editors): what blocks, and the guest's kernel.
 pub fn ignore() -> String {
+    format!("{IGNORED}/.sys/wait/\n{}", blocking("/*"))
+}
+
+/// The text of a machine's `.ignore`: not every rg looks into the directories above the one it is given.
+pub fn machine_ignore() -> String {
+    format!("{IGNORED}{}", blocking(""))
+}
+
+const IGNORED: &str = "# These files block, or are not files of a project.\n";
+
+/// Patterns of what blocks in a machine whose directory matches `machine`.
+fn blocking(machine: &str) -> String {
     let blocking = TABLE.iter().filter(|row| {
         matches!(row.kind, Kind::Out | Kind::Exit | Kind::JobOut | Kind::JobStdout | Kind::JobStderr | Kind::JobExit)
     });
-    let mut text = String::from("# These files block, or are not files of a project.\n/.sys/wait/\n/*/wait/\n");
+    let mut text = format!("{machine}/wait/\n");
     for row in blocking {
-        let _ = writeln!(text, "/{}", path(row).replace("NAME", "*").replace("/N/", "/*/"));
+        let _ = writeln!(text, "{}", path(row).replace("NAME", machine).replace("/N/", "/*/"));
     }
-    text.push_str("/*/files/proc/\n/*/files/sys/\n");
+    let _ = writeln!(text, "{machine}/files/proc/\n{machine}/files/sys/");
     text
 }
 
@@ -129,5 +141,9 @@ mod tests {
         let expected = "/.sys/wait/ /*/wait/ /*/out /*/exit /*/jobs/*/out /*/jobs/*/stdout /*/jobs/*/stderr /*/jobs/*/exit \
                         /*/files/proc/ /*/files/sys/";
         assert_eq!(ignore().lines().skip(1).collect::<Vec<_>>().join(" "), expected);
+        assert_eq!(
+            machine_ignore().lines().skip(1).collect::<Vec<_>>().join(" "),
+            expected[12..].replace("/*/", "/").replace("jobs/", "jobs/*/")
+        );
     }
 }

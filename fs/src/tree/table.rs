@@ -41,6 +41,7 @@ pub static TABLE: &[Row] = &[
     row(Kind::SysWait, "event", Kind::SysWaitEvent, 0o444, "streams the events of all machines from now on"),
 
     row(Kind::Machine, "ctl", Kind::Ctl, 0o600, "commands for the machine, one a line; rm ctl destroys the machine"),
+    row(Kind::Machine, ".ignore", Kind::MachineIgnore, 0o400, "keeps rg and editors out of the files that block"),
     row(Kind::Machine, "status", Kind::Status, 0o400, "one word: creating booting running paused stopping stopped failed lost"),
     row(Kind::Machine, "wait", Kind::Wait, 0o700, "files that block until something is so"),
     row(Kind::Machine, "info", Kind::Info, 0o400, "facts, one a line: id, backend, image, addresses, times, pending configuration"),
@@ -147,6 +148,7 @@ mod tests {
         let design_sys: HashSet<&str> = ["version", "health", "metrics", "events", "wait"].into_iter().collect();
         let design_machine: HashSet<&str> = [
             "ctl",
+            ".ignore",
             "status",
             "wait",
             "info",
