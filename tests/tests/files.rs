@@ -1,7 +1,7 @@
 //! `files/`: the guest's root as a real file system.
 
 use machinefs_tests::shell::have;
-use machinefs_tests::{Machine, each_user, scale, skip, skip_part};
+use machinefs_tests::{Daemon, Machine, each_user, each_user_alone, scale, skip, skip_part};
 
 /// A Python script with the machine's /root/t as its working directory (fresh), and the names of [`Machine::python`].
 #[track_caller]
@@ -388,6 +388,25 @@ each_user! {
                  test \"$(cat $D/exit)\" = 0; test \"$(cat $D/files/root/t/g2)\" = 'guest {round}'; test ! -e $D/files/root/t/g"
             )).ok();
         }
+    }
+}
+
+each_user_alone! {
+    /// Inode numbers are the same each time, whatever the kernel forgot meanwhile, over a rename and a restart of the
+    /// daemon.
+    fn inode_numbers_are_stable(user) {
+        let d = Daemon::start(user);
+        let m = d.running("inodes");
+        m.guest("mkdir -p /root/t/sub; echo x > /root/t/file; ln -s file /root/t/link");
+        let names = "status ctl exec config/image jobs files files/etc/passwd files/root/t files/root/t/sub files/root/t/link";
+        let list = format!("cd $D; stat -c '%i %n' {names}; stat -c %i files/root/t/file");
+        let first = m.bash(&list).ok().text();
+        m.bash("mv $D/files/root/t/file $D/files/root/t/moved; mv $D/files/root/t/moved $D/files/root/t/file").ok();
+        assert_eq!(m.bash(&list).ok().text(), first);
+        assert_eq!(d.end(libc::SIGTERM), 0, "{}", d.log());
+        d.boot();
+        m.until_running();
+        assert_eq!(m.bash(&list).ok().text(), first);
     }
 }
 

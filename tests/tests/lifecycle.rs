@@ -286,3 +286,21 @@ each_user! {
         }
     }
 }
+
+each_user! {
+    /// A time-out is in the unit that it says: a command of 10 s under 30 s succeeds; one past its time-out is killed
+    /// with all it started, and its exit code is 124.
+    fn exec_timeout(d) {
+        let m = d.running("timeout");
+        m.bash("echo 30s > $D/config/exec_timeout; echo 'sleep 10; echo slept' > $D/exec").ok();
+        let mut long = m.spawn(&["cat"], "out");
+        long.until_blocked();
+        m.bash("echo 1s > $D/config/exec_timeout").ok();
+        m.bash("exec 3<> $D/exec; echo 'sleep 1000 & sleep 1000' >&3; cat <&3; read -r code rest <&3; test \"$code\" = 124").ok();
+        assert_eq!(m.read("jobs/2/exit"), "124\n");
+        assert_eq!(long.wait(60).ok().text(), "slept");
+        assert_eq!(m.read("jobs/1/exit"), "0\n");
+        m.bash("echo none > $D/config/exec_timeout").ok();
+        assert_eq!(m.guest("ps -e -o args= | grep -c '^sleep 1000' || true"), "0");
+    }
+}

@@ -201,3 +201,35 @@ each_user! {
         assert_ne!(time(), before);
     }
 }
+
+each_user! {
+    /// poll(2) tells what a read would do: nothing yet of a command that is silent, ready with its first byte and at
+    /// its end; a file that ends where it ends now is always ready.
+    fn poll_is_exact(d) {
+        let m = small!(d, "poll");
+        m.python(r#"
+import select
+def open_nonblocking(name): return os.open(f'{D}/{name}', os.O_RDONLY | os.O_NONBLOCK)
+def ready(fd, ms):
+    p = select.poll(); p.register(fd, select.POLLIN)
+    return bool(p.poll(ms))
+status = open_nonblocking('status')
+assert ready(status, 0)
+stopped = open_nonblocking('wait/stopped')
+assert not ready(stopped, 100)
+with open(f'{D}/exec', 'w') as f: f.write('until [ -e /root/go ]; do sleep 0.05; done; echo printed; until [ -e /root/end ]; do sleep 0.05; done\n')
+out, end = open_nonblocking('out'), open_nonblocking('exit')
+assert not ready(out, 100) and not ready(end, 0)
+try: os.read(out, 1); raise SystemExit('it did not say EAGAIN')
+except BlockingIOError: pass
+open(f'{D}/files/root/go', 'w').close()
+assert ready(out, 20000) and os.read(out, 100) == b'printed\n'
+assert not ready(out, 100) and not ready(end, 0)
+open(f'{D}/files/root/end', 'w').close()
+assert ready(end, 20000) and os.read(end, 100) == b'0\n'
+assert ready(out, 20000) and os.read(out, 100) == b''
+with open(f'{D}/ctl', 'w') as f: f.write('kill\n')
+assert ready(stopped, 20000) and os.read(stopped, 100) == b'stopped\n'
+"#).ok();
+    }
+}

@@ -44,7 +44,7 @@ async fn serve(mountpoint: &Path, settings: &Settings) -> Result<(), String> {
         max_machines: settings.max_machines,
         backend: Arc::new(backend),
     };
-    let registry = Registry::open(options).map_err(|error| error.to_string())?;
+    let registry = Registry::open(options).await.map_err(|error| error.to_string())?;
     let tree = Tree::new(registry.clone()).map_err(|error| format!("cannot start the tree: {error}"))?;
     let mounted = fuse::mount(fuse::MountOptions { no_exec: settings.noexec, ..fuse::MountOptions::new(&mountpoint) })
         .map_err(|error| error.to_string())?;

@@ -142,11 +142,11 @@ impl Registry {
         self.shared.cache()
     }
 
-    /// Opens the state directory and takes up the machines in it. To be called within a tokio runtime.
+    /// Opens the state directory and takes up the machines in it. When it returns, the state of each is true.
     ///
     /// # Errors
     /// The state directory cannot be used.
-    pub fn open(options: Options) -> Result<Arc<Registry>, MachineError> {
+    pub async fn open(options: Options) -> Result<Arc<Registry>, MachineError> {
         std::fs::create_dir_all(options.state_dir.join("machines"))
             .map_err(|error| MachineError::no_space(format!("cannot make {}: {error}", options.state_dir.display())))?;
         let (store, _thread) = Store::open(&options.state_dir.join("state.db"))?;
@@ -169,9 +169,12 @@ impl Registry {
             faults: Mutex::default(),
             changed: RwLock::new(SystemTime::now()),
         });
+        let (known, mut all_known) = mpsc::channel(1);
         for row in rows {
-            take_up(&shared, row)?;
+            take_up(&shared, row, known.clone())?;
         }
+        drop(known);
+        while all_known.recv().await.is_some() {}
         shared.events.say(0, "-", None, "started", &[("version", env!("CARGO_PKG_VERSION"))]);
         Ok(Arc::new(Registry { shared, started: SystemTime::now(), shutdown: tokio::sync::Notify::new() }))
     }
@@ -494,7 +497,7 @@ fn enter(
 }
 
 /// Takes up a machine after a restart.
-fn take_up(shared: &Arc<Shared>, row: MachineRow) -> Result<(), MachineError> {
+fn take_up(shared: &Arc<Shared>, row: MachineRow, known: mpsc::Sender<()>) -> Result<(), MachineError> {
     shared.uid_slots.lock().insert(row.uid_slot);
     let slot = row.slot;
     let (jobs, events, errors, history) = shared.store.query(move |db| {
@@ -507,7 +510,7 @@ fn take_up(shared: &Arc<Shared>, row: MachineRow) -> Result<(), MachineError> {
     })?;
     let limit = row.config.iter().find(|(key, _)| key == "output_limit");
     let limit = limit.and_then(|(_, value)| config::parse_size(value).flatten()).unwrap_or(64 << 20);
-    enter(shared, row, Begin::Adopt, move |machine| {
+    enter(shared, row, Begin::Adopt(known), move |machine| {
         machine.jobs.load(jobs, limit);
         for (log, lines) in [(&machine.events, events), (&machine.errors, errors), (&machine.history, history)] {
             for line in lines {

@@ -19,15 +19,15 @@ const RECONNECT_FOR: Duration = Duration::from_secs(10);
 pub(super) enum Begin {
     /// It was just made.
     Create,
-    /// The daemon was restarted.
-    Adopt,
+    /// The daemon was restarted. Dropped when it is known what became of it meanwhile, so that its state is true.
+    Adopt(mpsc::Sender<()>),
 }
 
 /// Runs until the machine is torn down.
 pub(super) async fn run(machine: Arc<Machine>, mut actions: mpsc::UnboundedReceiver<Action>, begin: Begin) {
     let mut next = match begin {
         Begin::Create => Some(Action::Boot),
-        Begin::Adopt => adopt(&machine).await,
+        Begin::Adopt(known) => adopt(&machine, known).await,
     };
     loop {
         let action = match next.take() {
@@ -150,13 +150,24 @@ fn note_running(machine: &Arc<Machine>, running: Running) -> Result<(), MachineE
     let mut run = machine.run.lock();
     run.pidfd = Some(Arc::new(pidfd));
     run.pid = running.pid;
-    run.started = Some(SystemTime::now());
+    run.started = Some(process_start(running.pid).unwrap_or_else(SystemTime::now));
     run.facts = running.facts;
     run.warnings = running.warnings.into_iter().map(|warning| warning.0).collect();
     for warning in run.warnings.clone() {
         machine.record_error("start", crate::errno::Errno::EOPNOTSUPP, &warning, "start");
     }
     Ok(())
+}
+
+/// When a process started: field 22 of proc_pid_stat(5), in clock ticks since the boot of the host.
+fn process_start(pid: u32) -> Option<SystemTime> {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    let (_, fields) = stat.rsplit_once(") ")?;
+    let ticks: u64 = fields.split(' ').nth(19)?.parse().ok()?;
+    let since_boot = Duration::from_millis(ticks.checked_mul(1000)? / rustix::param::clock_ticks_per_second());
+    let now = rustix::time::clock_gettime(rustix::time::ClockId::Boottime);
+    let now_since_boot = Duration::new(now.tv_sec.try_into().ok()?, now.tv_nsec.try_into().ok()?);
+    SystemTime::now().checked_sub(now_since_boot.checked_sub(since_boot)?)
 }
 
 /// Seeks the agent and takes its stream into use. Tries until it is dropped (the boot's own time-out bounds it).
@@ -366,27 +377,30 @@ async fn remove(machine: &Arc<Machine>) -> Result<(), MachineError> {
 }
 
 /// After a restart of the daemon: takes over what runs, cleans up after what does not. Gives what is to be done next.
-async fn adopt(machine: &Arc<Machine>) -> Option<Action> {
+async fn adopt(machine: &Arc<Machine>, known: mpsc::Sender<()>) -> Option<Action> {
     match machine.state() {
         State::Creating => Some(Action::Boot),
         State::Destroyed => Some(Action::TearDown),
         State::Stopping => Some(Action::Kill),
         State::Stopped | State::Failed | State::Lost => {
+            drop(known);
             // The disk is kept; whatever else is left of a run goes.
             if let Err(error) = machine.backend().kill(&machine.spec()).await {
                 tracing::warn!(machine = machine.id, %error, "cleaning up after a restart");
             }
             None
         }
-        State::Booting | State::Running | State::Paused => take_over(machine).await,
+        State::Booting | State::Running | State::Paused => take_over(machine, known).await,
     }
 }
 
-async fn take_over(machine: &Arc<Machine>) -> Option<Action> {
+async fn take_over(machine: &Arc<Machine>, known: mpsc::Sender<()>) -> Option<Action> {
     let was = machine.state();
     let run = machine.next_run();
     let found = machine.backend().adopt(&machine.spec()).await;
     if let Ok(Adopted::Running(running)) = found {
+        // It runs; to find its agent may take long.
+        drop(known);
         if let Err(error) = note_running(machine, running) {
             tracing::error!(machine = machine.id, %error, "adopting");
         }
