@@ -296,7 +296,7 @@ each_user! {
         let mut long = m.spawn(&["cat"], "out");
         long.until_blocked();
         m.bash("echo 1s > $D/config/exec_timeout").ok();
-        m.bash("exec 3<> $D/exec; echo 'sleep 1000 & sleep 1000' >&3; cat <&3; read -r code rest <&3; test \"$code\" = 124").ok();
+        m.bash("exec 3<> $D/exec; echo 'sleep 1000 & sleep 1000' >&3; cat <&3; read -r _ code <&3; test \"$code\" = 124").ok();
         assert_eq!(m.read("jobs/2/exit"), "124\n");
         assert_eq!(long.wait(60).ok().text(), "slept");
         assert_eq!(m.read("jobs/1/exit"), "0\n");
