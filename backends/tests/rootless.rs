@@ -12,7 +12,7 @@ use std::path::Path;
 use std::process::Command;
 use support::{Rig, futures_block};
 
-const USER: &str = "mfstest";
+const USER: &str = "mfsbackend";
 
 fn output(program: &str, args: &[&str]) -> (bool, String) {
     let output = Command::new(program).args(args).output();
@@ -20,16 +20,31 @@ fn output(program: &str, args: &[&str]) -> (bool, String) {
         .map_or((false, String::new()), |o| (o.status.success(), String::from_utf8_lossy(&o.stdout).trim().to_owned()))
 }
 
-/// The user that the tests are run as, made when it is not there.
-fn user() -> Option<(u32, u32)> {
-    if !output("id", &["-u", USER]).0 {
-        output("useradd", &["-m", USER]);
+/// The user that the tests are run as, made when it is not there, and then removed.
+struct User {
+    uid: u32,
+    gid: u32,
+    is_made: bool,
+}
+
+impl User {
+    fn new() -> Option<Self> {
+        let is_made = !output("id", &["-u", USER]).0 && output("useradd", &["-m", USER]).0;
+        let subuid = fs::read_to_string("/etc/subuid").unwrap_or_default();
+        if !subuid.lines().any(|l| l.starts_with(&format!("{USER}:"))) {
+            output("usermod", &["--add-subuids", "200000-265535", "--add-subgids", "200000-265535", USER]);
+        }
+        let number = |flag| output("id", &[flag, USER]).1.parse().ok();
+        Some(Self { uid: number("-u")?, gid: number("-g")?, is_made })
     }
-    let subuid = fs::read_to_string("/etc/subuid").unwrap_or_default();
-    if !subuid.lines().any(|l| l.starts_with(&format!("{USER}:"))) {
-        output("usermod", &["--add-subuids", "200000-265535", "--add-subgids", "200000-265535", USER]);
+}
+
+impl Drop for User {
+    fn drop(&mut self) {
+        if self.is_made {
+            output("userdel", &["-r", USER]);
+        }
     }
-    Some((output("id", &["-u", USER]).1.parse().ok()?, output("id", &["-g", USER]).1.parse().ok()?))
 }
 
 #[test]
@@ -43,10 +58,11 @@ fn as_an_ordinary_user() {
         println!("skipped: newuidmap (uidmap) or setpriv (util-linux) is not installed");
         return;
     }
-    let Some((uid, gid)) = user() else {
+    let Some(user) = User::new() else {
         println!("skipped: the user {USER} cannot be made");
         return;
     };
+    let (uid, gid) = (user.uid, user.gid);
     let dir = tempfile::Builder::new().prefix("mfs-user-").tempdir().unwrap();
     fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o700)).unwrap();
     let test = dir.path().join("test");
@@ -164,5 +180,22 @@ async fn machine_of_a_user() {
         let status = fs::read_to_string(format!("/proc/{}/status", running.pid)).unwrap_or_default();
         status.is_empty() || status.contains("State:\tZ")
     });
+    rig.finish().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "the daemon that dies in killed_in_any_step_of_a_user"]
+async fn victim() {
+    support::victim().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "run by as_an_ordinary_user"]
+async fn killed_in_any_step_of_a_user() {
+    if rustix::process::geteuid().is_root() {
+        return;
+    }
+    let rig = Rig::new();
+    support::kill_victims(&rig, 30).await;
     rig.finish().await;
 }

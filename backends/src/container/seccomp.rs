@@ -7,6 +7,7 @@
 //! - No new namespaces (`unshare`, `setns`, `clone` with a CLONE_NEW flag; `clone3`, whose flags a filter cannot see,
 //!   is ENOSYS and the C library falls back to clone). Nested containers and browser sandboxes do not work in a
 //!   machine; in return the kernel code that only a namespace's root can reach stays out of reach.
+//! - `syslog`: the kernel's log is the host's, and some hosts leave it open to everybody.
 //! - The key ring, userfaultfd, io_uring, bpf and performance counters are out: much kernel code, little use here.
 //! - `fanotify_init` is in: the kernel allows a harmless form of it to everybody, and the agent watches files with it.
 //! - Sockets of the families AF_VSOCK (it reaches the hypervisor past the network namespace) and AF_ALG are refused;
@@ -181,7 +182,7 @@ const ALLOWED: &str = "
     setresuid32 setreuid setreuid32 setrlimit setsid setsockopt setuid setuid32 setxattr setxattrat shmat shmctl
     shmdt shmget shutdown sigaction sigaltstack signal signalfd signalfd4 sigpending sigprocmask sigreturn
     sigsuspend socketpair splice stat stat64 statfs statfs64 statmount statx symlink symlinkat sync
-    sync_file_range syncfs syscall sysinfo syslog tee tgkill time timer_create timer_delete timer_getoverrun
+    sync_file_range syncfs syscall sysinfo tee tgkill time timer_create timer_delete timer_getoverrun
     timer_gettime timer_gettime64 timer_settime timer_settime64 timerfd timerfd_create timerfd_gettime
     timerfd_gettime64 timerfd_settime timerfd_settime64 times tkill truncate truncate64 ugetrlimit umask uname
     unlink unlinkat utime utimensat utimensat_time64 utimes vfork wait4 waitid waitpid write writev
@@ -194,7 +195,7 @@ const REFUSED: &str = "
     kexec_load keyctl lookup_dcookie mount mount_setattr move_mount move_pages nfsservctl oldfstat oldlstat
     oldolduname oldstat olduname open_by_handle_at open_tree pciconfig_iobase pciconfig_read pciconfig_write
     perf_event_open pivot_root query_module quotactl reboot request_key setdomainname sethostname setns
-    settimeofday sgetmask ssetmask stime swapcontext swapoff swapon sysfs umount umount2 unshare uselib
+    settimeofday sgetmask ssetmask stime swapcontext swapoff swapon sysfs syslog umount umount2 unshare uselib
     userfaultfd ustat vhangup vm86 vm86old vmsplice
 ";
 

@@ -246,7 +246,9 @@ fn rlimits() -> Vec<Rlimit> {
     // Only who has CAP_SYS_RESOURCE may raise a hard limit, and not every daemon does.
     let own = rustix::process::getrlimit(rustix::process::Resource::Nofile);
     let hard = own.maximum.unwrap_or(1 << 20).min(1 << 20);
-    vec![Rlimit { kind: "RLIMIT_NOFILE", soft: hard, hard }, Rlimit { kind: "RLIMIT_CORE", soft: 0, hard: 0 }]
+    // A core_pattern with a pipe starts a program of the host's, as its root, whatever the limit, but for 1, which is
+    // how the kernel keeps such a program's own crash from starting another (fs/coredump.c); to a file it writes none.
+    vec![Rlimit { kind: "RLIMIT_NOFILE", soft: hard, hard }, Rlimit { kind: "RLIMIT_CORE", soft: 1, hard: 1 }]
 }
 
 /// A machine's score is never below 0, and not below the daemon's own: that would need CAP_SYS_RESOURCE.

@@ -61,7 +61,7 @@ struct Overlay {
 
 #[derive(Debug)]
 enum Step {
-    User { ready: RawFd, go: RawFd },
+    User { ready: RawFd, go: RawFd, parent: libc::pid_t },
     MountNamespace,
     Detach(CString),
     Cover(CString),
@@ -90,7 +90,8 @@ impl Stage {
     /// A user namespace of its own first (an ordinary user's way): writes its pid to `ready`, and goes on when `x`
     /// comes from `go`, which says that the maps are written; with anything else it ends.
     pub(super) fn user_namespace(&mut self, ready: RawFd, go: RawFd) -> io::Result<()> {
-        self.add(Step::User { ready, go }, "making a user namespace".into())
+        let parent = rustix::process::getpid().as_raw_nonzero().get();
+        self.add(Step::User { ready, go, parent }, "making a user namespace".into())
     }
 
     /// A private mount namespace; what follows is seen in it only.
@@ -98,7 +99,7 @@ impl Stage {
         self.add(Step::MountNamespace, "making a mount namespace".into())
     }
 
-    /// Takes a mount off; it is no error when there is none.
+    /// Takes a mount off, if it is there and can be: a user namespace may not unmount what it was born with.
     pub(super) fn detach(&mut self, at: &Path) -> io::Result<()> {
         self.add(Step::Detach(c(at)?), format!("detaching {}", at.display()))
     }
@@ -215,7 +216,7 @@ fn check(result: libc::c_long) -> io::Result<RawFd> {
 impl Step {
     fn run(&self, notes: RawFd) -> io::Result<()> {
         match self {
-            Self::User { ready, go } => enter_user_namespace(*ready, *go),
+            Self::User { ready, go, parent } => enter_user_namespace(*ready, *go, *parent),
             Self::MountNamespace => {
                 let root = c"/".as_ptr();
                 let flags = libc::MS_REC | libc::MS_PRIVATE;
@@ -227,12 +228,10 @@ impl Step {
                 Ok(())
             }
             Self::Detach(at) => {
-                // SAFETY: a system call with a string that lives.
-                let result = unsafe { libc::umount2(at.as_ptr(), libc::MNT_DETACH | libc::UMOUNT_NOFOLLOW) };
-                match check(result.into()) {
-                    Err(e) if !matches!(e.raw_os_error(), Some(libc::EINVAL | libc::ENOENT)) => Err(e),
-                    _ => Ok(()),
-                }
+                // SAFETY: a system call with a string that lives. Its failure is no matter: what stays is out of the
+                // machine's sight with all other mounts of the host when the runtime changes the root.
+                unsafe { libc::umount2(at.as_ptr(), libc::MNT_DETACH | libc::UMOUNT_NOFOLLOW) };
+                Ok(())
             }
             Self::Cover(at) => {
                 let (tmpfs, options) = (c"tmpfs".as_ptr(), c"mode=755,size=4k".as_ptr().cast());
@@ -257,10 +256,16 @@ impl Step {
     }
 }
 
-fn enter_user_namespace(ready: RawFd, go: RawFd) -> io::Result<()> {
+fn enter_user_namespace(ready: RawFd, go: RawFd, parent: libc::pid_t) -> io::Result<()> {
     // SAFETY: plain system calls; the buffers live on this stack and have the lengths given.
     unsafe {
         check(libc::unshare(libc::CLONE_NEWUSER).into())?;
+        // Who is to write the maps may die before: nothing else would end the wait, as this process holds both ends of
+        // the pipe. After the unshare, which forgets the signal; the parent may have died before it was set.
+        check(libc::syscall(libc::SYS_prctl, libc::PR_SET_PDEATHSIG, libc::SIGKILL, 0, 0, 0))?;
+        if libc::getppid() != parent {
+            libc::_exit(1);
+        }
         let pid = libc::getpid().to_ne_bytes();
         check(libc::write(ready, pid.as_ptr().cast(), pid.len()) as libc::c_long)?;
         let mut byte = [0_u8; 1];
@@ -268,6 +273,7 @@ fn enter_user_namespace(ready: RawFd, go: RawFd) -> io::Result<()> {
         if n != 1 || byte != *b"x" {
             return Err(io::Error::from_raw_os_error(libc::EPERM));
         }
+        check(libc::syscall(libc::SYS_prctl, libc::PR_SET_PDEATHSIG, 0, 0, 0, 0))?;
         // Groups of the user's that are not mapped would go on giving access to the host's files. Where the maps hold
         // one number only, setgroups is denied: then they cannot be dropped (user_namespaces(7)).
         let groups = libc::syscall(libc::SYS_setgroups, 0, 0);

@@ -124,17 +124,19 @@ fn user_name(uid: u32) -> Option<String> {
 /// A descriptor of a new user namespace in which 0..65536 is `base`..`base` + 65536, for mount_setattr(2)'s
 /// MOUNT_ATTR_IDMAP. Needs root.
 pub(super) fn mapped(base: u32) -> io::Result<OwnedFd> {
-    // SAFETY: a clone(2) with a null stack is a fork. The child calls nothing but pause(2) and _exit(2), directly,
-    // so no lock or allocator of the parent's other threads is touched.
+    let parent = rustix::process::getpid().as_raw_nonzero().get();
+    // SAFETY: a clone(2) with a null stack is a fork. The child calls nothing but system calls, directly, so no lock or
+    // allocator of the parent's other threads is touched.
     let pid = unsafe { libc::syscall(libc::SYS_clone, libc::CLONE_NEWUSER | libc::SIGCHLD, 0, 0, 0, 0) };
     match i32::try_from(pid) {
-        Ok(0) => loop {
-            // SAFETY: in the child; pause(2) has no arguments. It is ended by the parent's SIGKILL, and by the
-            // parent's death in between, which prctl(2) asks for.
-            unsafe {
-                libc::syscall(libc::SYS_prctl, libc::PR_SET_PDEATHSIG, libc::SIGKILL, 0, 0, 0);
+        // SAFETY: in the child. It waits until the parent's SIGKILL, or, as prctl(2) asks, until the parent's death, which
+        // may have come before.
+        Ok(0) => unsafe {
+            libc::syscall(libc::SYS_prctl, libc::PR_SET_PDEATHSIG, libc::SIGKILL, 0, 0, 0);
+            while libc::syscall(libc::SYS_getppid) == libc::c_long::from(parent) {
                 libc::syscall(libc::SYS_ppoll, 0, 0, 0, 0, 0);
             }
+            libc::_exit(1)
         },
         Ok(pid) if pid > 0 => {
             let map = format!("0 {base} {RANGE}\n");

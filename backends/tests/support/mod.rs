@@ -5,10 +5,11 @@
 
 use machinefs_backends::container::{ContainerBackend, ContainerOptions};
 use machinefs_backends::{Backend, MachineSpec};
+use std::collections::BTreeMap;
 use std::fs;
 use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
@@ -47,7 +48,7 @@ pub struct Rig {
 /// Tests run at the same time, in one process or several: their machines' numbers must differ.
 fn slot() -> u32 {
     static NEXT: AtomicU32 = AtomicU32::new(0);
-    (std::process::id() % 1000) * 16 + NEXT.fetch_add(1, Ordering::Relaxed) % 16
+    (std::process::id() % 64) * 256 + NEXT.fetch_add(1, Ordering::Relaxed) % 256
 }
 
 impl Rig {
@@ -170,13 +171,18 @@ pub fn leftovers(spec: &MachineSpec) -> Vec<String> {
             }
         }
     }
+    // What a machine of root's is known by is its range of users; what an ordinary user has in a pid namespace of its
+    // own is a machine.
     let base = (1_u32 << 30) + spec.uid_slot * 65536;
+    let own = rustix::process::geteuid();
     for pid in fs::read_dir("/proc").unwrap().flatten() {
         let Ok(status) = fs::read_to_string(pid.path().join("status")) else { continue };
-        let uid = status.lines().find_map(|l| l.strip_prefix("Uid:")?.split_whitespace().next()?.parse::<u32>().ok());
-        let zombie = status.lines().any(|l| l.starts_with("State:\tZ"));
-        if !zombie && uid.is_some_and(|u| (base..base + 65536).contains(&u)) {
-            found.push(format!("process {}", pid.path().display()));
+        let field = |name: &str| status.lines().find_map(|l| l.strip_prefix(name)).unwrap_or_default().trim();
+        let uid = field("Uid:").split_whitespace().next().and_then(|n| n.parse::<u32>().ok());
+        let of_user = !own.is_root() && uid == Some(own.as_raw()) && field("NSpid:").split_whitespace().count() > 1;
+        let of_root = uid.is_some_and(|u| (base..base + 65536).contains(&u));
+        if !field("State:").starts_with('Z') && (of_user || of_root) {
+            found.push(format!("process {} {}", pid.path().display(), field("Name:")));
         }
     }
     found
@@ -194,4 +200,59 @@ pub fn eventually(what: &str, mut done: impl FnMut() -> bool) {
 /// For a closure of a test that is not async.
 pub fn futures_block<T>(future: impl Future<Output = T>) -> T {
     tokio::task::block_in_place(|| tokio::runtime::Handle::current().block_on(future))
+}
+
+/// The daemon that dies: runs machines until it is killed. Told what to do by [`kill_victims`].
+pub async fn victim() {
+    let (Ok(dir), Ok(spec)) = (std::env::var("MFS_VICTIM_DIR"), std::env::var("MFS_VICTIM_SPEC")) else { return };
+    let dir = Path::new(&dir);
+    let spec: MachineSpec = serde_json::from_str(&spec).unwrap();
+    let backend = Rig::open(dir, &dir.join("agent"));
+    for round in 0.. {
+        backend.create(&spec).await.unwrap();
+        backend.start(&spec).await.unwrap();
+        if round % 2 == 0 {
+            backend.kill(&spec).await.unwrap();
+        }
+        backend.destroy(&spec).await.unwrap();
+    }
+}
+
+/// Kills a daemon in each step of create, start, kill and destroy, and shows that the next one clears up all of it.
+pub async fn kill_victims(rig: &Rig, rounds: u64) {
+    // Not `host`, which every new daemon looks at for a while before it does anything.
+    let image = rig.dir.path().join("image");
+    fs::create_dir(&image).unwrap();
+    let mut steps = BTreeMap::<&str, u32>::new();
+    for round in 0..rounds {
+        let spec = rig.spec(image.to_str().unwrap());
+        let mut child = Command::new(std::env::current_exe().unwrap())
+            .args(["victim", "--exact", "--ignored", "--nocapture"])
+            .env("MFS_VICTIM_DIR", rig.dir.path())
+            .env("MFS_VICTIM_SPEC", serde_json::to_string(&spec).unwrap())
+            .stdout(Stdio::null())
+            .spawn()
+            .unwrap();
+        eventually("its first start", || spec.dir.join("lock").exists());
+        std::thread::sleep(Duration::from_millis(180 * round / rounds));
+        child.kill().unwrap();
+        child.wait().unwrap();
+        let there = |name: &str| spec.dir.join(name).exists();
+        let step = match () {
+            () if there("run.json") => "running",
+            () if there("agent.sock") => "starting",
+            () if there("bundle") => "stopped or starting",
+            () if there("root.json") => "created",
+            () if there("upper") || there("upper.part") => "creating or destroying",
+            () => "before or after",
+        };
+        *steps.entry(step).or_default() += 1;
+        let fresh = rig.reopened();
+        if round % 2 == 0 {
+            fresh.adopt(&spec).await.unwrap();
+        }
+        fresh.destroy(&spec).await.unwrap();
+        assert_eq!(leftovers(&spec), Vec::<String>::new(), "round {round}, {step}");
+    }
+    println!("killed while it was: {steps:?}");
 }

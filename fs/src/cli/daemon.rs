@@ -16,6 +16,9 @@ use tokio::signal::unix::{SignalKind, signal};
 /// Threads for the control plane: boots, timers. The files' way does not go through them.
 const CONTROL_THREADS: usize = 2;
 
+/// How long a daemon that was just unmounted or killed may take to end.
+const HANDOVER: std::time::Duration = std::time::Duration::from_secs(3);
+
 /// Serves until SIGTERM, SIGINT, `shutdown` in the root's ctl, or an unmount.
 pub fn mount(mountpoint: &Path, args: DaemonArgs) -> Result<ExitCode, String> {
     let settings = args.resolve()?;
@@ -93,9 +96,14 @@ fn claim(state_dir: &Path) -> Result<File, String> {
     let failed = |error: std::io::Error| format!("{}: {error}: give a --state-dir you may write", state_dir.display());
     std::fs::DirBuilder::new().recursive(true).mode(0o711).create(state_dir).map_err(failed)?;
     let lock = File::create(state_dir.join("lock")).map_err(failed)?;
-    rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive).map_err(|_| {
-        format!("{} is in use by another machinefs: end it, or give another --state-dir", state_dir.display())
-    })?;
+    let deadline = std::time::Instant::now() + HANDOVER;
+    while rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive).is_err() {
+        if std::time::Instant::now() > deadline {
+            let path = state_dir.display();
+            return Err(format!("{path} is in use by another machinefs: end it, or give another --state-dir"));
+        }
+        std::thread::sleep(std::time::Duration::from_millis(20));
+    }
     Ok(lock)
 }
 

@@ -48,6 +48,11 @@ pub(super) fn trees(dir: &Path, roots: &[PathBuf], scan: &Scan, user: bool) -> i
     seal(&mask, |top| fill(top, &dirs, hidden, user))?;
     let tree = |root: &PathBuf| {
         let below = root.strip_prefix("/").unwrap_or(root);
+        if scan.closed.contains(root) {
+            let nothing = dir.join("nothing");
+            seal(&nothing, |top| fs::set_permissions(top, Permissions::from_mode(0o755)))?;
+            return Tree::new(&below.to_string_lossy(), vec![nothing]);
+        }
         let masked = mask.join(below);
         let own = (user && root == Path::new(DATABASE)).then(|| database(dir)).transpose()?;
         let lower = [own, masked.is_dir().then_some(masked), Some(root.clone())];
@@ -110,4 +115,26 @@ fn fill(top: &Path, dirs: &BTreeMap<PathBuf, Attributes>, hidden: &BTreeSet<Path
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn of_a_closed_tree_nothing_is_shown() {
+        let tmp = tempfile::tempdir().unwrap();
+        let (root, dir) = (tmp.path().join("root"), tmp.path().join("dir"));
+        fs::create_dir(&root).unwrap();
+        fs::create_dir(&dir).unwrap();
+        fs::write(root.join("file"), "x").unwrap();
+        let lower = |mode| {
+            fs::set_permissions(tmp.path(), Permissions::from_mode(mode)).unwrap();
+            let scan = Scan::new(std::slice::from_ref(&root)).unwrap();
+            trees(&dir, std::slice::from_ref(&root), &scan, false).unwrap().remove(0).lower
+        };
+        assert_eq!(lower(0o755), std::slice::from_ref(&root));
+        assert_eq!(lower(0o700), [dir.join("nothing")]);
+        assert_eq!(fs::read_dir(dir.join("nothing")).unwrap().count(), 0);
+    }
 }

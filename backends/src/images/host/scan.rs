@@ -8,10 +8,12 @@ use rustix::fs::inotify::{self, CreateFlags, ReadFlags, WatchFlags};
 use rustix::fs::{AtFlags, CWD, Dir, FileType, Mode, OFlags, StatxFlags, openat, statx};
 use std::collections::{BTreeSet, HashMap};
 use std::ffi::OsStr;
+use std::fs;
 use std::io;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Condvar, Mutex, PoisonError};
 
@@ -31,7 +33,9 @@ const THREADS: usize = 4;
 #[derive(Debug)]
 pub(super) struct Scan {
     roots: Vec<PathBuf>,
-    /// Paths that a machine must not see.
+    /// Those of the trees of which a machine must see nothing.
+    pub(super) closed: BTreeSet<PathBuf>,
+    /// Paths in the others that a machine must not see.
     pub(super) hidden: BTreeSet<PathBuf>,
     /// `None`: this host has not enough watches; then every look is a whole one.
     watch: Option<Watch>,
@@ -90,11 +94,19 @@ fn sight(dir: impl AsFd, name: impl rustix::path::Arg) -> io::Result<Option<Sigh
     Ok(Some(sight))
 }
 
+/// Those of `roots` that an ordinary user cannot read, or not come to: nothing in them is for a machine.
+fn closed(roots: &[PathBuf]) -> BTreeSet<PathBuf> {
+    let lacks = |path: &Path, bits: u32| !fs::metadata(path).is_ok_and(|m| m.mode() & bits == bits);
+    let is_closed = |root: &&PathBuf| lacks(root, 0o005) || root.ancestors().skip(1).any(|above| lacks(above, 0o001));
+    roots.iter().filter(is_closed).cloned().collect()
+}
+
 impl Scan {
     /// Looks at everything below `roots`.
     pub(super) fn new(roots: &[PathBuf]) -> io::Result<Self> {
         let fd = inotify::init(CreateFlags::NONBLOCK | CreateFlags::CLOEXEC).ok();
-        let found = walk(roots.to_vec(), fd.as_ref())?;
+        let closed = closed(roots);
+        let found = walk(roots.iter().filter(|r| !closed.contains(*r)).cloned().collect(), fd.as_ref())?;
         let watch = fd.filter(|_| !found.no_watch).map(|fd| Watch { fd, dirs: found.dirs });
         if watch.is_none() {
             tracing::warn!(
@@ -102,7 +114,7 @@ impl Scan {
                  (raise fs.inotify.max_user_watches)"
             );
         }
-        Ok(Self { roots: roots.to_vec(), hidden: found.hidden, watch })
+        Ok(Self { roots: roots.to_vec(), closed, hidden: found.hidden, watch })
     }
 
     /// All directories that are not hidden, where they are known.
@@ -112,7 +124,9 @@ impl Scan {
 
     /// Brings it up to date; true when something had changed.
     pub(super) fn refresh(&mut self) -> io::Result<bool> {
-        let Some(watch) = &self.watch else { return self.renew() };
+        let Some(watch) = &self.watch.as_ref().filter(|_| closed(&self.roots) == self.closed) else {
+            return self.renew();
+        };
         let mut changed = Vec::new();
         let mut buffer = [MaybeUninit::uninit(); 16 * 1024];
         let mut reader = inotify::Reader::new(watch.fd.as_fd(), &mut buffer);
@@ -160,6 +174,7 @@ impl Scan {
         match sight(CWD, path)? {
             // A hidden path stays hidden when it goes: the name may come back.
             None => {}
+            // A root is no entry of a directory that is looked at: that it can be mounted is all that counts.
             Some(Sight::Hidden) if !self.roots.iter().any(|r| r == path) => {
                 self.hidden.insert(path.to_owned());
             }
@@ -271,13 +286,14 @@ fn directory(path: &Path, watch: Option<&OwnedFd>, found: &mut Found, below: &mu
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::fs::{self, Permissions};
+    use std::fs::Permissions;
     use std::os::unix::fs::PermissionsExt;
 
     #[test]
     fn what_others_cannot_read_is_hidden_also_when_it_comes_later() {
         let tmp = tempfile::tempdir().unwrap();
-        let root = tmp.path().canonicalize().unwrap();
+        let root = tmp.path().canonicalize().unwrap().join("root");
+        fs::create_dir(&root).unwrap();
         let chmod = |p: &str, mode| fs::set_permissions(root.join(p), Permissions::from_mode(mode)).unwrap();
         fs::create_dir_all(root.join("a/b/c")).unwrap();
         for (name, mode) in [("a/open", 0o644), ("a/secret", 0o640), ("a/b/c/run", 0o711)] {
@@ -289,7 +305,12 @@ mod tests {
         chmod("closed", 0o711);
         std::os::unix::fs::symlink("/etc/shadow", root.join("link")).unwrap();
         let _socket = std::os::unix::net::UnixListener::bind(root.join("socket")).unwrap();
+        fs::set_permissions(tmp.path(), Permissions::from_mode(0o700)).unwrap();
         let mut scan = Scan::new(std::slice::from_ref(&root)).unwrap();
+        assert_eq!((&scan.closed, scan.hidden.len()), (&BTreeSet::from([root.clone()]), 0), "nobody can come to it");
+        fs::set_permissions(tmp.path(), Permissions::from_mode(0o711)).unwrap();
+        assert!(scan.refresh().unwrap());
+        assert_eq!(scan.closed, BTreeSet::new());
         let set = |names: &[&str]| names.iter().map(|n| root.join(n)).collect::<BTreeSet<_>>();
         assert_eq!(scan.hidden, set(&["a/secret", "a/b/c/run", "closed", "socket"]));
         assert!(!scan.refresh().unwrap());
@@ -306,5 +327,9 @@ mod tests {
         fs::rename(root.join("a"), root.join("z")).unwrap();
         assert!(scan.refresh().unwrap());
         assert_eq!(scan.hidden, set(&["z/secret", "z/open", "z/b/c/run", "socket", "new/deep"]));
+
+        fs::set_permissions(&root, Permissions::from_mode(0o750)).unwrap();
+        assert!(scan.refresh().unwrap());
+        assert_eq!(scan.closed, BTreeSet::from([root]));
     }
 }
