@@ -41,11 +41,14 @@ async fn serve(mountpoint: &Path, settings: &Settings) -> Result<(), String> {
     let (mut terminate, mut interrupt) = (listen(SignalKind::terminate())?, listen(SignalKind::interrupt())?);
     fuse::replace_stale_mount(mountpoint).map_err(|error| error.to_string())?;
     let mountpoint = std::fs::canonicalize(mountpoint).map_err(|error| format!("{}: {error}", mountpoint.display()))?;
-    let backend = container_backend(settings, Some(&mountpoint))?;
+    let backend = Arc::new(container_backend(settings, Some(&mountpoint))?);
+    // The first machine shall not wait for the look at this host's files.
+    let ahead = backend.clone();
+    tokio::task::spawn_blocking(move || ahead.prepare());
     let options = Options {
         state_dir: settings.state_dir.clone(),
         max_machines: settings.max_machines,
-        backend: Arc::new(backend),
+        backend,
     };
     let registry = Registry::open(options).await.map_err(|error| error.to_string())?;
     let tree = Tree::new(registry.clone()).map_err(|error| format!("cannot start the tree: {error}"))?;
