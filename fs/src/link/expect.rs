@@ -2,6 +2,7 @@
 
 use machinefs_protocol::file::{FileReply, FileRequest};
 use machinefs_protocol::frame::MAX_BODY;
+use machinefs_protocol::job::MAX_LIST;
 use machinefs_protocol::message::{Reply, Request};
 
 /// Longest target of a symlink, in bytes (PATH_MAX).
@@ -41,7 +42,7 @@ pub(super) fn expectation(request: &Request<'_>) -> (Expect, usize) {
         | Request::Shutdown { .. }
         | Request::SetClock { .. } => (Expect::Ok, 0),
         Request::JobStart { .. } => (Expect::Started, 0),
-        Request::JobList => (Expect::Jobs, 0),
+        Request::JobList => (Expect::Jobs, MAX_LIST),
         Request::Info => (Expect::Info, 0),
         Request::ReadLog => (Expect::Log, MAX_BODY),
         Request::File(file) => match file {
@@ -83,7 +84,7 @@ impl Expect {
         self == match reply {
             Reply::Ok => Expect::Ok,
             Reply::Started { .. } => Expect::Started,
-            Reply::Jobs(_) => Expect::Jobs,
+            Reply::Jobs => Expect::Jobs,
             Reply::Info(_) => Expect::Info,
             Reply::Data => Expect::Log,
             Reply::File(file) => match file {

@@ -57,12 +57,32 @@ fn threads(agent: &Agent) -> usize {
 }
 
 #[test]
+fn an_environment_larger_than_a_message_and_lists_of_many_jobs() {
+    let agent = Agent::start();
+    let client = agent.client();
+    let env = (0..5000).map(|i| format!("V{i}={i:060}").into_bytes()).collect();
+    let (_, log) = client.run(1, JobSpec { env, ..spec() }, "echo $V0 $V4999");
+    assert_eq!(stdout(&log).trim_end(), format!("{:060} {:060}", 0, 4999));
+    let many = 3000u64;
+    let missing = JobSpec { cwd: b"/no/such/directory".into(), ..spec() };
+    let starts: Vec<Pending> = (2..many).map(|job| client.send_start(job, &missing, b"true")).collect();
+    assert!(starts.iter().all(|start| start.wait().is_ok()));
+    let jobs: Vec<u64> = client.jobs().iter().map(|info| info.job).collect();
+    assert_eq!(jobs, (1..many).collect::<Vec<_>>());
+    let (spec_len, body) = spec().start_body(b"true").unwrap();
+    for wrong in [0, spec_len - 1, spec_len + 1, u32::MAX] {
+        let refused = client.call(&Request::JobStart { job: many, spec_len: wrong }, &body);
+        assert_eq!(refused.unwrap_err().errno, libc::EINVAL, "{wrong} for {spec_len}");
+    }
+    assert!(client.start_spec(many, spec(), b"true").1 > 0, "and nothing is left of what was refused");
+}
+
+#[test]
 fn every_exit_code_and_every_signal() {
     let agent = Agent::start();
     let client = agent.client();
-    let starts: Vec<Pending> = (0..256u64)
-        .map(|job| client.send(&Request::JobStart { job, spec: spec() }, format!("exit {job}").as_bytes(), 0))
-        .collect();
+    let starts: Vec<Pending> =
+        (0..256u64).map(|job| client.send_start(job, &spec(), format!("exit {job}").as_bytes())).collect();
     assert!(starts.iter().all(|start| matches!(start.wait(), Ok((Reply::Started { pid: 1.., .. }, _)))));
     let mut ends = HashMap::new();
     while ends.len() < 256 {

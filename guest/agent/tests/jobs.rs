@@ -37,7 +37,7 @@ fn output_and_code() {
         assert_eq!(client.follow(&stream, &mut again), end);
         assert_eq!(stdout(&again), "out\n");
     }
-    let taken = client.call(&Request::JobStart { job: 1, spec: spec() }, b"true");
+    let taken = client.send_start(1, &spec(), b"true").wait();
     assert_eq!(taken.unwrap_err().errno, libc::EEXIST);
     client.call(&Request::JobForget { job: 1 }, &[]).unwrap();
     for request in [
@@ -63,7 +63,7 @@ fn a_hundred_jobs_at_once_have_their_own_codes() {
             } else {
                 format!("(sleep 0.0{} & ) ; for i in 1 2 3; do /bin/true; done; exit {job}", job % 10)
             };
-            client.send(&Request::JobStart { job, spec: spec() }, script.as_bytes(), 0)
+            client.send_start(job, &spec(), script.as_bytes())
         })
         .collect();
     for start in starts {
@@ -491,7 +491,7 @@ fn input() {
     client.send_frame(Kind::Data, 0, 0, start.tag, None::<&()>, &[0; 1000]);
     assert_eq!(start.next().unwrap().credit(), 1000);
     // Data right behind the start, before its answer.
-    let pending = client.send(&Request::JobStart { job: 3, spec: fed.clone() }, &[], 0);
+    let pending = client.send_start(3, &fed, &[]);
     client.send_frame(Kind::Data, 0, 0, pending.tag, None::<&()>, b"early");
     client.send_frame(Kind::Data, 0, 0, pending.tag, None::<&()>, &[]);
     pending.wait().unwrap();
@@ -554,7 +554,7 @@ fn shutting_down() {
     let mut log = replica();
     log.append_records(&stream.next().unwrap().data).unwrap();
     assert_eq!(client.call(&Request::Shutdown { grace_ms: 500 }, &[]).unwrap().0, Reply::Ok);
-    let refused = client.call(&Request::JobStart { job: 3, spec: spec() }, b"true");
+    let refused = client.send_start(3, &spec(), b"true").wait();
     assert_eq!(refused.unwrap_err().errno, libc::ESHUTDOWN);
     let mut ends = HashMap::new();
     while ends.len() < 2 {

@@ -483,8 +483,9 @@ fn data_of_no_stream_is_dropped() {
     }
     client.ping();
     // Input before its request is complete is an offence.
-    let start = Request::JobStart { job: 1, spec: JobSpec { stdin: true, ..spec() } };
-    client.send_frame(Kind::Request, FLAG_MORE, 0, 1 << 40, Some(&start), b"true");
+    let (spec_len, body) = JobSpec { stdin: true, ..spec() }.start_body(b"true").unwrap();
+    let start = Request::JobStart { job: 1, spec_len };
+    client.send_frame(Kind::Request, FLAG_MORE, 0, 1 << 40, Some(&start), &body);
     client.send_frame(Kind::Data, 0, 0, 1 << 40, None::<&()>, b"early");
     wait_until("closed", || client.call_closed());
     assert!(agent.client().jobs().is_empty());

@@ -16,12 +16,18 @@
 //! records from the offset asked for. The host grants credit in bytes; the job's end comes as
 //! [`crate::message::Event::JobEnded`] after the last of its output was sent on every stream of the job.
 
+use crate::frame::{FrameError, decode_meta};
 use serde::{Deserialize, Serialize};
 
 /// Size of a record's header, in bytes.
 pub const RECORD_HEADER: usize = 4;
 /// Largest body of a record, in bytes.
 pub const MAX_RECORD: usize = 64 * 1024;
+/// Largest encoded [`JobSpec`], in bytes: arguments and environment of a program may take 2 MiB by default (execve(2),
+/// a quarter of the limit of the stack).
+pub const MAX_SPEC: usize = 3 * 1024 * 1024;
+/// Largest encoded list of jobs, in bytes.
+pub const MAX_LIST: usize = 1024 * 1024;
 /// Bytes a new stream may send before the first credit arrives.
 pub const INITIAL_CREDIT: u64 = 4 * 1024 * 1024;
 
@@ -58,8 +64,8 @@ pub fn parse_record_header(header: [u8; RECORD_HEADER]) -> Option<(Source, usize
 /// How a job is started.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct JobSpec {
-    /// When empty, the request's body is a script for `shell` (or for the interpreter its `#!` names); else the
-    /// program and its arguments, looked up in the job's PATH.
+    /// When empty, a script is run by `shell` (or by the interpreter its `#!` names); else the program and its
+    /// arguments, looked up in the job's PATH.
     pub argv: Vec<Vec<u8>>,
     /// The shell for scripts; empty: bash where the guest has it, else sh.
     pub shell: Vec<u8>,
@@ -77,6 +83,38 @@ pub struct JobSpec {
     pub tty: Option<(u16, u16)>,
     /// The job has a stdin the host feeds (a stream to the guest); else it is /dev/null.
     pub stdin: bool,
+}
+
+impl JobSpec {
+    /// The body of a [`crate::message::Request::JobStart`], and the `spec_len` in its message: the encoded spec, then
+    /// the script.
+    ///
+    /// # Errors
+    /// [`FrameError::TooLarge`] when the spec is over [`MAX_SPEC`].
+    pub fn start_body(&self, script: &[u8]) -> Result<(u32, Vec<u8>), FrameError> {
+        let mut body = postcard::to_allocvec(self).map_err(|error| FrameError::Meta(error.to_string()))?;
+        let len = body.len();
+        if len > MAX_SPEC {
+            return Err(FrameError::TooLarge { meta: len, data: script.len() });
+        }
+        body.reserve_exact(script.len());
+        body.extend_from_slice(script);
+        Ok((len as u32, body))
+    }
+
+    /// The other way round: the spec and the script of such a body.
+    ///
+    /// # Errors
+    /// [`FrameError::TooLarge`] as above, [`FrameError::Meta`] when there is no spec of that length.
+    pub fn from_start_body(spec_len: u32, body: &[u8]) -> Result<(JobSpec, &[u8]), FrameError> {
+        let len = spec_len as usize;
+        if len > MAX_SPEC {
+            return Err(FrameError::TooLarge { meta: len, data: body.len() });
+        }
+        let (spec, script) =
+            body.split_at_checked(len).ok_or_else(|| FrameError::Meta("a start cut short".to_string()))?;
+        Ok((decode_meta(spec)?, script))
+    }
 }
 
 /// How a job ended.
@@ -144,4 +182,26 @@ pub struct JobInfo {
     pub rss_kib: u64,
     /// How it ended, if it has.
     pub end: Option<JobEnd>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_start_is_a_spec_and_a_script() {
+        // More than the message of a frame could hold.
+        let env = (0..3000).map(|i| format!("VARIABLE_{i}={i:050}").into_bytes()).collect();
+        let spec = JobSpec { env, timeout_secs: 7, ..JobSpec::default() };
+        for script in [&b""[..], b"echo \xff\0"] {
+            let (len, body) = spec.start_body(script).unwrap();
+            assert!(len as usize > crate::frame::MAX_META);
+            assert_eq!(JobSpec::from_start_body(len, &body).unwrap(), (spec.clone(), script));
+            assert!(JobSpec::from_start_body(len - 1, &body).is_err());
+            assert!(JobSpec::from_start_body(len + 1, &body).is_err());
+            assert!(JobSpec::from_start_body(u32::MAX, &body).is_err());
+        }
+        let large = JobSpec { env: vec![vec![b'x'; MAX_SPEC]], ..JobSpec::default() };
+        assert!(matches!(large.start_body(b""), Err(FrameError::TooLarge { .. })));
+    }
 }

@@ -1,7 +1,7 @@
 //! Messages: the meta part of frames. New variants are appended, never inserted (golden-bytes tests hold them).
 
 use crate::file::{FileReply, FileRequest};
-use crate::job::{JobEnd, JobInfo, JobSpec};
+use crate::job::JobEnd;
 use serde::{Deserialize, Serialize};
 
 /// What each side says first. The guest answers the host's; each checks that the versions overlap.
@@ -30,13 +30,14 @@ pub enum Request<'a> {
     /// A file operation.
     #[serde(borrow)]
     File(FileRequest<'a>),
-    /// Starts a job under the host's number. The script, if any, is in the body. Answer: [`Reply::Started`] once the
-    /// program runs, or the errno; EEXIST when the number is taken (a retry after a lost link).
+    /// Starts a job under the host's number. How, and the script if there is one, is in the body: see
+    /// [`crate::job::JobSpec::start_body`]. Answer: [`Reply::Started`] once the program runs, or the errno; EEXIST when
+    /// the number is taken (a retry after a lost link).
     JobStart {
         /// The host's number.
         job: u64,
-        /// How.
-        spec: JobSpec,
+        /// Bytes of the body that are the spec; the rest is the script.
+        spec_len: u32,
     },
     /// Streams the job's log from that offset under this request's tag, until the job ended and all of it was sent.
     /// Answer: [`Reply::Ok`], at once. ENOENT when there is no such job.
@@ -93,8 +94,8 @@ pub enum Reply {
         /// Milliseconds since 1970, the guest's clock.
         started_ms: u64,
     },
-    /// The jobs there are.
-    Jobs(Vec<JobInfo>),
+    /// The jobs there are: a list of [`crate::job::JobInfo`] is in the body, at most [`crate::job::MAX_LIST`] bytes.
+    Jobs,
     /// Facts about the guest.
     Info(GuestInfo),
     /// The bytes are in the body.

@@ -14,8 +14,7 @@ pub use job::{Job, JobError, Kill};
 pub use reactor::Reactor;
 
 use crate::session::{Stdin, Streams};
-use machinefs_protocol::frame::MAX_META;
-use machinefs_protocol::job::{JobEnd, JobInfo};
+use machinefs_protocol::job::{JobEnd, JobInfo, MAX_LIST};
 use memory::OomKills;
 use parking_lot::Mutex;
 use reactor::Command;
@@ -131,15 +130,15 @@ impl Jobs {
         self.table.lock().jobs.get(&number).cloned().ok_or(JobError::NoJob(number))
     }
 
-    /// What is known of the jobs, by number. As many as fit in one message: all running ones first, then the newest.
+    /// What is known of the jobs, by number. As many as an answer may hold: all running ones first, then the newest.
     pub fn list(&self) -> Vec<JobInfo> {
         let jobs: Vec<Arc<Job>> = self.table.lock().jobs.values().cloned().collect();
         let (running, ended): (Vec<_>, Vec<_>) = jobs.into_iter().partition(|job| job.end().is_none());
-        let mut room = MAX_META - 16;
+        let mut room = MAX_LIST - 16;
         let mut list = Vec::new();
         for job in running.iter().chain(ended.iter().rev()) {
             let info = job.info();
-            let size = postcard::experimental::serialized_size(&info).unwrap_or(MAX_META);
+            let size = postcard::experimental::serialized_size(&info).unwrap_or(MAX_LIST);
             if size > room {
                 break;
             }

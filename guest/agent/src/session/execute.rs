@@ -5,6 +5,7 @@ use super::requests::InFlight;
 use crate::files::Cancelled;
 use crate::jobs::{JobError, Kill};
 use machinefs_protocol::frame::{Kind, decode_meta, encode_meta};
+use machinefs_protocol::job::JobSpec;
 use machinefs_protocol::message::{Failure, Reply, Request};
 use std::time::Duration;
 
@@ -45,7 +46,7 @@ impl Connection {
         work.state.finish();
         self.requests.remove(work.tag);
         self.answer(work.tag, &answer);
-        self.afterwards(&request, work.tag, answer.is_ok());
+        self.afterwards(&request, &work.body, work.tag, answer.is_ok());
     }
 
     fn perform(&self, request: &Request<'_>, body: &[u8], tag: u64, state: &InFlight) -> Answer {
@@ -57,11 +58,13 @@ impl Connection {
                 Ok((reply, body)) => Ok((Reply::File(reply), body)),
                 Err(error) => Err(error.into()),
             },
-            Request::JobStart { job, spec } => {
+            Request::JobStart { job, spec_len } => {
+                let (spec, script) = JobSpec::from_start_body(*spec_len, body)
+                    .map_err(|error| failure(libc::EINVAL, format!("the job's description: {error}")))?;
                 self.streams.hold(*job);
                 let stdin = if spec.stdin { self.server.stdin_of(tag, true) } else { None };
                 let stdin = stdin.map(|stdin| (tag, stdin));
-                let (pid, started_ms) = jobs.start(*job, spec, body, stdin)?;
+                let (pid, started_ms) = jobs.start(*job, &spec, script, stdin)?;
                 plain(Reply::Started { pid, started_ms })
             }
             Request::JobAttach { job, offset } => {
@@ -74,7 +77,10 @@ impl Connection {
                 jobs.signal(*job, *signal, if *all { Kill::Descendants } else { Kill::Group })?;
                 plain(Reply::Ok)
             }
-            Request::JobList => plain(Reply::Jobs(jobs.list())),
+            Request::JobList => {
+                let list = postcard::to_allocvec(&jobs.list());
+                Ok((Reply::Jobs, list.map_err(|error| failure(libc::EOVERFLOW, error.to_string()))?))
+            }
             Request::JobForget { job } => {
                 if let Some(input) = jobs.forget(*job)? {
                     self.server.drop_stdin(input);
@@ -95,11 +101,12 @@ impl Connection {
     }
 
     /// What has to come after the answer.
-    fn afterwards(&self, request: &Request<'_>, tag: u64, succeeded: bool) {
+    fn afterwards(&self, request: &Request<'_>, body: &[u8], tag: u64, succeeded: bool) {
         match request {
-            Request::JobStart { job, spec } => {
+            Request::JobStart { job, spec_len } => {
                 self.streams.release(*job);
-                if !succeeded || !spec.stdin {
+                let fed = JobSpec::from_start_body(*spec_len, body).is_ok_and(|(spec, _)| spec.stdin);
+                if !succeeded || !fed {
                     self.server.drop_stdin(tag);
                 }
             }
@@ -126,7 +133,7 @@ impl Connection {
             Err(failure) => encode_meta(failure, &mut meta).map(|_| Kind::Error),
         };
         let kind = encoded.unwrap_or_else(|error| {
-            // A list of jobs too long for one message, or a message too long for its frame.
+            // A message too long for its frame.
             let failure = failure(libc::EOVERFLOW, error.to_string());
             if encode_meta(&failure, &mut meta).is_err() {
                 meta.clear();

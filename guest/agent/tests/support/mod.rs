@@ -328,9 +328,15 @@ impl Client {
         assert_eq!(self.call(&Request::Ping, &[]).unwrap().0, Reply::Ok);
     }
 
+    /// Asks for a job.
+    pub fn send_start(&self, job: u64, spec: &JobSpec, script: &[u8]) -> Pending {
+        let (spec_len, body) = spec.start_body(script).unwrap();
+        self.send(&Request::JobStart { job, spec_len }, &body, 0)
+    }
+
     /// Starts a job; gives the start's pending request (its tag is that of the job's stdin) and the process.
     pub fn start_spec(&self, job: u64, spec: JobSpec, script: &[u8]) -> (Pending, u32) {
-        let pending = self.send(&Request::JobStart { job, spec }, script, 0);
+        let pending = self.send_start(job, &spec, script);
         match pending.wait() {
             Ok((Reply::Started { pid, .. }, _)) => (pending, pid),
             other => panic!("start: {other:?}"),
@@ -349,8 +355,8 @@ impl Client {
     }
 
     pub fn jobs(&self) -> Vec<JobInfo> {
-        match self.call(&Request::JobList, &[]).unwrap().0 {
-            Reply::Jobs(jobs) => jobs,
+        match self.call(&Request::JobList, &[]).unwrap() {
+            (Reply::Jobs, list) => decode_meta(&list).unwrap(),
             other => panic!("{other:?}"),
         }
     }
