@@ -89,6 +89,8 @@ pub enum MountError {
     Target { path: PathBuf, error: std::io::Error },
     #[error("{0}: a machinefs is mounted there already: unmount it first (`machinefs umount`)")]
     AlreadyMounted(PathBuf),
+    #[error("{0} is not empty, and the mount would hide what is in it: give an empty directory")]
+    NotEmpty(PathBuf),
     #[error("{0}: no machinefs is mounted there")]
     NotOurs(PathBuf),
     #[error("{0}: another file system is mounted over ours: unmount that one first")]
@@ -156,9 +158,9 @@ pub fn mount(options: MountOptions) -> Result<Mounted, MountError> {
     if mountinfo::top(&mounts, &target).is_some_and(|mount| mount.kind == KIND) {
         return Err(MountError::AlreadyMounted(target));
     }
-    match std::fs::metadata(&target) {
-        Ok(data) if data.is_dir() => {}
-        Ok(_) => return Err(MountError::NotADirectory(target)),
+    match std::fs::read_dir(&target).map(|mut entries| entries.next().is_none()) {
+        Ok(true) => {}
+        Ok(false) => return Err(MountError::NotEmpty(target)),
         Err(error) => return Err(target_error(&target, error)),
     }
     warn_of_timeouts();
