@@ -521,7 +521,8 @@ class Bench:
                 self.measure()
             finally:
                 # What is being taken down is not to be left half done.
-                signal.signal(signal.SIGINT, signal.SIG_IGN)
+                for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                    signal.signal(number, signal.SIG_IGN)
                 # Also when the run was cut short: what is there took long enough.
                 self.table.load()
                 print(self.table.text(self.options.runs))

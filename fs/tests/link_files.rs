@@ -362,10 +362,8 @@ fn target(target: Vec<u8>) -> Result<Vec<u8>, Errno> {
 #[test]
 fn links_never_lead_out_of_the_guest() {
     for climbing in ["..", "../", "../etc/passwd", "./../x", "d/../../x", "d/d/../../../x", "//../..//x/../../y"] {
-        match target(climbing.into()) {
-            Err(errno) => assert_eq!(errno, Errno::EACCES, "{climbing}"),
-            Ok(shown) => assert!(!shown.starts_with(b"/") && !shown.windows(2).any(|w| w == b".."), "{climbing}"),
-        }
+        let shown = target(climbing.into()).unwrap();
+        assert!(!shown.starts_with(b"/") && !shown.windows(2).any(|w| w == b".."), "{climbing}");
     }
     assert_eq!(target(b"/etc/passwd".to_vec()).unwrap(), b"etc/passwd");
     assert_eq!(target(b"/".to_vec()).unwrap(), b".");
@@ -395,7 +393,8 @@ fn a_guest_cannot_talk_a_link_deeper_than_it_lies() {
     assert_eq!(shown, b"../../x");
     let top = lookup(&files, files.root(), b"l").unwrap();
     assert_eq!(top, node, "one node at two places");
-    assert_eq!(ask(&files, Op::ReadLink { node }).unwrap_err(), Errno::EACCES);
+    let Ok(Answer::Data(shown)) = ask(&files, Op::ReadLink { node }) else { panic!("it ends at the root") };
+    assert_eq!(shown, b"x");
 }
 
 #[test]

@@ -17,6 +17,9 @@ use tokio::signal::unix::{SignalKind, signal};
 /// Threads for the control plane: boots, timers. The files' way does not go through them.
 const CONTROL_THREADS: usize = 2;
 
+/// When the daemon has served so long, it looks at what the image `host` is made of, which takes seconds of a processor.
+const PREPARE_AFTER: std::time::Duration = std::time::Duration::from_secs(3);
+
 /// How long a daemon that was just unmounted or killed may take to end.
 const HANDOVER: std::time::Duration = std::time::Duration::from_secs(3);
 
@@ -53,9 +56,12 @@ async fn serve(mountpoint: &Path, settings: &Settings) -> Result<(), String> {
         ));
     }
     let backend = Arc::new(container_backend(settings, Some(&mountpoint))?);
-    // The first machine shall not wait for the look at this host's files.
+    // The first machine shall not wait for the look at this host's files; nor shall a restart, which is to be quick.
     let ahead = backend.clone();
-    tokio::task::spawn_blocking(move || ahead.prepare());
+    tokio::spawn(async move {
+        tokio::time::sleep(PREPARE_AFTER).await;
+        tokio::task::spawn_blocking(move || ahead.prepare());
+    });
     let options = Options { state_dir: settings.state_dir.clone(), max_machines: settings.max_machines, backend };
     let registry = Registry::open(options).await.map_err(|error| error.to_string())?;
     let tree = Tree::new(registry.clone()).map_err(|error| format!("cannot start the tree: {error}"))?;

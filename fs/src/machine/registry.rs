@@ -398,6 +398,12 @@ impl Registry {
         *self.shared.changed.read()
     }
 
+    /// When a machine last came, went, or changed its name or state. Not the time of asking, though figures move all
+    /// the time: tar would say that the file changed under it.
+    pub fn last_change(&self) -> SystemTime {
+        self.list().iter().map(|machine| machine.state_changed()).fold(self.changed(), SystemTime::max)
+    }
+
     /// When the service started.
     pub fn started(&self) -> SystemTime {
         self.started

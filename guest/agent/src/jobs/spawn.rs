@@ -160,8 +160,10 @@ unsafe fn enter(child: &Child, setup: &Setup<'_>) -> Result<(), Stage> {
     // SAFETY: as `child_main`.
     unsafe {
         for signal in 1..=64 {
-            // Ignored signals would stay ignored over the execve. The two that glibc keeps to itself are refused.
-            libc::signal(signal, libc::SIG_DFL);
+            // Ignored signals would stay ignored over the execve. The bare call, as glibc keeps two to itself; all zeros
+            // are SIG_DFL, no flags and an empty mask.
+            let default = [0u64; 4];
+            libc::syscall(libc::SYS_rt_sigaction, signal, default.as_ptr(), std::ptr::null_mut::<u64>(), 8);
         }
         libc::sigprocmask(libc::SIG_SETMASK, &child.mask, std::ptr::null_mut());
         ok(libc::setsid().into(), Stage::Setup)?;
