@@ -3,11 +3,14 @@
 use super::store::{self, LogKind, Store};
 use super::textlog::TextLog;
 use parking_lot::Mutex;
+use std::borrow::Cow;
 use std::fmt::Write;
 use std::time::SystemTime;
 
 /// Bytes of the service's own event log that are kept for readers.
 const SERVICE_LOG: usize = 1 << 20;
+/// Characters of a value that stand in a line.
+const LONGEST_VALUE: usize = 200;
 
 /// A time as all our logs show it: RFC 3339, UTC, milliseconds; always of the same width.
 pub fn stamp(time: SystemTime) -> String {
@@ -31,6 +34,14 @@ pub fn quote(value: &str) -> String {
     }
     quoted.push('\'');
     quoted
+}
+
+/// A value as a log line has it: a long one is cut, since logs are bounded and a line of them tells what happened.
+fn shorten(value: &str) -> Cow<'_, str> {
+    match value.char_indices().nth(LONGEST_VALUE) {
+        Some((end, _)) => Cow::Owned(format!("{}…", value.get(..end).unwrap_or_default())),
+        None => Cow::Borrowed(value),
+    }
 }
 
 /// Where events go: the service's log, the machine's, and the store.
@@ -83,20 +94,18 @@ impl Events {
         let mut line = format!("{seq:010} {} {machine} {verb}", stamp(SystemTime::now()));
         for (key, value) in details {
             // Writing to a String cannot fail.
-            let _ = write!(line, " {key}={}", quote(value));
+            let _ = write!(line, " {key}={}", quote(&shorten(value)));
         }
         let with_end = format!("{line}\n");
         if let Some(log) = log {
             log.append_quietly(with_end.as_bytes());
         }
         self.all.append_quietly(with_end.as_bytes());
-        self.store.write(move |db| {
-            store::set_counter(db, "event", seq as i64)?;
-            if slot != 0 {
-                store::append_log(db, slot, LogKind::Event, &line)?;
-            }
-            store::append_log(db, 0, LogKind::Event, &line)
-        });
+        self.store.set_counter("event", seq as i64);
+        if slot != 0 {
+            self.store.log(slot, LogKind::Event, &line);
+        }
+        self.store.log(0, LogKind::Event, &line);
     }
 }
 
@@ -110,6 +119,13 @@ mod tests {
         assert_eq!(quote("it's"), "'it''s'");
         assert_eq!(quote("a\nb"), "'a\\nb'");
         assert_eq!(quote(""), "''");
+    }
+
+    #[test]
+    fn long_values_are_cut() {
+        assert_eq!(shorten("short"), "short");
+        assert_eq!(shorten(&"ä".repeat(200)), "ä".repeat(200));
+        assert_eq!(shorten(&"ä".repeat(201)), format!("{}…", "ä".repeat(200)));
     }
 
     #[test]

@@ -8,13 +8,17 @@ use super::watch::Watch;
 use machinefs_protocol::job::{ExitReason, JobEnd};
 use machinefs_protocol::joblog::{JobLog, LogError};
 use parking_lot::Mutex;
-use std::io;
+use std::fs::File;
+use std::io::{self, Read};
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-/// Commands longer than this are kept in a file, not in memory.
-const COMMAND_IN_MEMORY: usize = 16 * 1024;
+/// Commands longer than this are kept in a file, not in memory; in bytes.
+const COMMAND_IN_MEMORY: usize = 4096;
+/// Characters of a longer one that are kept in memory and in the database, for `history`.
+const COMMAND_HEAD: usize = 1000;
 
 /// Where a job is in its life.
 #[derive(Clone, Debug, PartialEq)]
@@ -35,9 +39,48 @@ pub(super) enum Phase {
     Lost(String),
 }
 
-enum Command {
-    Memory(Vec<u8>),
-    File(PathBuf),
+/// The text of a job.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Command {
+    /// All of it, or the beginning of one that is in a file.
+    head: Vec<u8>,
+    /// In bytes.
+    len: u64,
+    in_file: bool,
+}
+
+impl Command {
+    fn whole(text: Vec<u8>) -> Command {
+        Command { len: text.len() as u64, head: text, in_file: false }
+    }
+
+    /// Of a text in a file, which begins like this.
+    fn filed(start: &[u8], len: u64) -> Command {
+        let start = start.get(..COMMAND_HEAD * 4).unwrap_or(start);
+        let head: String = String::from_utf8_lossy(start).chars().take(COMMAND_HEAD).collect();
+        Command { head: head.into_bytes(), len, in_file: true }
+    }
+}
+
+/// A complete text, as it comes to a job.
+#[derive(Debug)]
+pub enum Script {
+    /// All of it.
+    Text(Vec<u8>),
+    /// It is in the file [`Job::command_path`] already.
+    File {
+        /// How it begins: at least [`COMMAND_HEAD`] characters.
+        start: Vec<u8>,
+        /// In bytes.
+        len: u64,
+    },
+}
+
+impl Script {
+    /// Whether [`Job::keep_script`] writes it to the disk.
+    pub fn is_to_be_filed(&self) -> bool {
+        matches!(self, Script::Text(text) if text.len() > COMMAND_IN_MEMORY)
+    }
 }
 
 enum Log {
@@ -55,6 +98,14 @@ struct Inner {
     modified: SystemTime,
     pid: u32,
     started_ms: Option<u64>,
+    /// Somebody is ending it.
+    finishing: bool,
+    /// Some output could not be kept on the host's disk; whether that is still to be told.
+    storage_failure: Option<bool>,
+    /// It ended, and all of it is written down.
+    stored: bool,
+    /// The agent knows it, or may.
+    at_agent: bool,
 }
 
 /// A job.
@@ -84,15 +135,31 @@ impl Job {
     pub(super) fn new(number: u64, uid: u32, dir: &Path, limit: u64) -> Job {
         let inner = Inner {
             phase: Phase::Writing,
-            command: Command::Memory(Vec::new()),
+            command: Command::default(),
             log: Log::Live(Arc::new(Mutex::new(new_log(dir, number, limit)))),
             sizes: [0; 3],
             modified: SystemTime::now(),
             pid: 0,
             started_ms: None,
+            finishing: false,
+            storage_failure: None,
+            stored: false,
+            at_agent: false,
         };
         let (dir, watch) = (dir.to_path_buf(), Watch::new());
         Job { number, uid, created: SystemTime::now(), dir, inner: Mutex::new(inner), watch }
+    }
+
+    /// A job that was found in the machine.
+    pub(super) fn recovered(number: u64, uid: u32, dir: &Path, limit: u64, started_ms: u64) -> Job {
+        let job = Job::new(number, uid, dir, limit);
+        {
+            let mut inner = job.inner.lock();
+            inner.phase = Phase::Queued;
+            inner.at_agent = true;
+            inner.command = Command::whole(b"# found running in the machine; its text is not known\n".to_vec());
+        }
+        Job { created: from_millis(started_ms), ..job }
     }
 
     /// A job as it was written down.
@@ -102,12 +169,21 @@ impl Job {
             let mut inner = job.inner.lock();
             inner.started_ms = row.started_ms.map(|millis| millis as u64);
             inner.modified = from_millis(row.ended_ms.unwrap_or(row.created_ms) as u64);
-            inner.command = Command::Memory(row.command);
+            // A text in a file leaves that much of itself in the database, at least.
+            let file = (row.command.len() >= COMMAND_HEAD)
+                .then(|| std::fs::metadata(dir.join(format!("{}.cmd", row.number))).ok())
+                .flatten();
+            inner.command = match file {
+                Some(file) => Command::filed(&row.command, file.len()),
+                None => Command::whole(row.command),
+            };
             inner.phase = match (&row.end, row.ended_ms) {
                 (Some(end), Some(ended)) => parse_end(end, ended as u64, row.cpu_micros as u64, row.max_rss_kib as u64),
                 _ => Phase::Queued,
             };
-            if inner.phase != Phase::Queued {
+            inner.stored = inner.phase != Phase::Queued;
+            inner.at_agent = !inner.stored;
+            if inner.stored {
                 let sizes = open_log(dir, row.number).and_then(|log| sizes(&log).map_err(io::Error::from));
                 inner.log = Log::Saved;
                 inner.sizes = sizes.unwrap_or([0; 3]);
@@ -141,12 +217,61 @@ impl Job {
         &self.watch
     }
 
-    /// Its text as submitted.
-    pub fn command(&self) -> Vec<u8> {
-        match &self.inner.lock().command {
-            Command::Memory(bytes) => bytes.clone(),
-            Command::File(path) => std::fs::read(path).unwrap_or_default(),
+    /// Length of its text, in bytes; 0 while that is being written.
+    pub fn command_len(&self) -> u64 {
+        self.inner.lock().command.len
+    }
+
+    /// A reader of its text. Opens a file.
+    ///
+    /// # Errors
+    /// The host's spool cannot be read.
+    pub fn command(&self) -> Result<CommandReader, MachineError> {
+        let command = self.inner.lock().command.clone();
+        if !command.in_file {
+            return Ok(CommandReader::Text(command.head));
         }
+        let file = File::open(self.command_path()).map_err(|error| spool(&error))?;
+        Ok(CommandReader::File(file, command.len))
+    }
+
+    /// Where a long text of it is.
+    pub fn command_path(&self) -> PathBuf {
+        self.dir.join(format!("{}.cmd", self.number))
+    }
+
+    pub(super) fn command_in_file(&self) -> bool {
+        self.inner.lock().command.in_file
+    }
+
+    /// Takes its text. Writes a long one to the disk: see [`Script::is_to_be_filed`].
+    ///
+    /// # Errors
+    /// ENOSPC and others of the disk.
+    pub(super) fn keep_script(&self, script: Script) -> io::Result<()> {
+        let command = match script {
+            Script::Text(text) if text.len() > COMMAND_IN_MEMORY => {
+                std::fs::write(self.command_path(), &text)?;
+                Command::filed(&text, text.len() as u64)
+            }
+            Script::Text(text) => Command::whole(text),
+            Script::File { start, len } => Command::filed(&start, len),
+        };
+        self.inner.lock().command = command;
+        Ok(())
+    }
+
+    /// Adds its text to the body of a request. Reads the disk where that is long.
+    pub(super) fn add_command(&self, body: &mut Vec<u8>) -> io::Result<()> {
+        let command = self.inner.lock().command.clone();
+        if !command.in_file {
+            body.extend_from_slice(&command.head);
+            return Ok(());
+        }
+        let file = File::open(self.command_path())?;
+        body.reserve_exact(usize::try_from(command.len).unwrap_or(usize::MAX));
+        let read = file.take(command.len).read_to_end(body)?;
+        if (read as u64) < command.len { Err(io::ErrorKind::UnexpectedEof.into()) } else { Ok(()) }
     }
 
     /// Whether it has ended or was lost.
@@ -162,7 +287,7 @@ impl Job {
     pub(super) fn set_phase(&self, phase: Phase) -> bool {
         {
             let mut inner = self.inner.lock();
-            if matches!(inner.phase, Phase::Ended(_) | Phase::Lost(_)) {
+            if inner.finishing || matches!(inner.phase, Phase::Ended(_) | Phase::Lost(_)) {
                 return false;
             }
             inner.phase = phase;
@@ -172,19 +297,47 @@ impl Job {
         true
     }
 
-    /// Ends it, once: `history` gets its line before anybody is woken. Gives whether it was this call that ended it.
+    /// Ends it, once: `history` gets its line before anybody can see that it has ended. Gives whether it was this call
+    /// that ended it.
     pub(super) fn finish(&self, phase: Phase, history: impl FnOnce(&str)) -> bool {
         {
             let mut inner = self.inner.lock();
-            if matches!(inner.phase, Phase::Ended(_) | Phase::Lost(_)) {
+            if inner.finishing || matches!(inner.phase, Phase::Ended(_) | Phase::Lost(_)) {
                 return false;
             }
-            inner.phase = phase;
+            inner.finishing = true;
             inner.modified = SystemTime::now();
         }
-        history(&self.history_line());
+        history(&self.history_line_of(&phase));
+        self.inner.lock().phase = phase;
         self.watch.notify();
         true
+    }
+
+    /// It was not given to the agent after all.
+    pub(super) fn requeue(&self) {
+        let mut inner = self.inner.lock();
+        if inner.phase == Phase::Starting {
+            inner.phase = Phase::Queued;
+        }
+        inner.at_agent = false;
+    }
+
+    /// Whether all of it is written down, so that the agent may forget it.
+    pub(super) fn is_stored(&self) -> bool {
+        self.inner.lock().stored
+    }
+
+    pub(super) fn set_stored(&self) {
+        self.inner.lock().stored = true;
+    }
+
+    pub(super) fn is_at_agent(&self) -> bool {
+        self.inner.lock().at_agent
+    }
+
+    pub(super) fn set_at_agent(&self, at_agent: bool) {
+        self.inner.lock().at_agent = at_agent;
     }
 
     pub(super) fn set_started(&self, pid: u32, started_ms: u64) {
@@ -194,22 +347,6 @@ impl Job {
         if inner.phase == Phase::Starting {
             inner.phase = Phase::Running;
         }
-    }
-
-    pub(super) fn set_command(&self, text: Vec<u8>) {
-        self.inner.lock().command = Command::Memory(text);
-    }
-
-    /// Moves a long command from memory to a file. Writes to the disk.
-    pub(super) fn spill_command(&self) -> io::Result<()> {
-        let path = self.dir.join(format!("{}.cmd", self.number));
-        let text = match &self.inner.lock().command {
-            Command::Memory(bytes) if bytes.len() > COMMAND_IN_MEMORY => bytes.clone(),
-            _ => return Ok(()),
-        };
-        std::fs::write(&path, text)?;
-        self.inner.lock().command = Command::File(path);
-        Ok(())
     }
 
     /// `Some(0)`, `Some(137)` … once it has ended; an error when it was lost with its machine; `None` before.
@@ -266,18 +403,26 @@ impl Job {
     /// Takes records from the agent.
     pub(super) fn append(&self, records: &[u8]) -> Result<(), LogError> {
         let Some(log) = self.live_log() else { return Ok(()) };
-        let sizes = {
+        let (sizes, failed) = {
             let mut log = log.lock();
             log.append_records(records)?;
-            expected_sizes(&log)
+            (expected_sizes(&log), log.storage_failed())
         };
         {
             let mut inner = self.inner.lock();
+            if failed && inner.storage_failure.is_none() {
+                inner.storage_failure = Some(true);
+            }
             inner.sizes = sizes;
             inner.modified = SystemTime::now();
         }
         self.watch.notify();
         Ok(())
+    }
+
+    /// Whether output was lost for want of room on the host's disk: says so once.
+    pub(super) fn take_storage_failure(&self) -> bool {
+        self.inner.lock().storage_failure.as_mut().is_some_and(std::mem::take)
     }
 
     /// Puts the log into its file and frees the memory. Writes to the disk.
@@ -301,7 +446,8 @@ impl Job {
 
     /// Bytes on the host's disk, about.
     pub(super) fn disk(&self) -> u64 {
-        self.output_len(Output::All)
+        let inner = self.inner.lock();
+        inner.sizes[which(Output::All)] + if inner.command.in_file { inner.command.len } else { 0 }
     }
 
     /// A private cursor, from the first byte.
@@ -317,8 +463,11 @@ impl Job {
     }
 
     pub(super) fn row(&self) -> JobRow {
-        let command = self.command();
         let inner = self.inner.lock();
+        self.row_of(&inner, &inner.phase)
+    }
+
+    fn row_of(&self, inner: &Inner, phase: &Phase) -> JobRow {
         let mut row = JobRow {
             number: self.number,
             uid: self.uid,
@@ -328,9 +477,9 @@ impl Job {
             end: None,
             cpu_micros: 0,
             max_rss_kib: 0,
-            command,
+            command: inner.command.head.clone(),
         };
-        match &inner.phase {
+        match phase {
             Phase::Ended(end) => {
                 row.ended_ms = Some(end.ended_ms.min(LATEST) as i64);
                 row.end = Some(format_end(end.reason));
@@ -346,17 +495,23 @@ impl Job {
         row
     }
 
-    /// The line of `history`, once it is done.
-    pub(super) fn history_line(&self) -> String {
-        let row = self.row();
+    #[cfg(test)]
+    fn history_line(&self) -> String {
+        let phase = self.phase();
+        self.history_line_of(&phase)
+    }
+
+    /// The line of `history` of a job that ends like this.
+    fn history_line_of(&self, phase: &Phase) -> String {
+        let row = self.row_of(&self.inner.lock(), phase);
         let started = row.started_ms.unwrap_or(row.created_ms);
         let seconds = row.ended_ms.unwrap_or(started).saturating_sub(started).max(0) as f64 / 1e3;
-        let exit = match self.exit() {
-            Some(Ok(code)) => code.to_string(),
+        let exit = match phase {
+            Phase::Ended(end) => end.reason.code().to_string(),
             _ => "lost".to_string(),
         };
         let text = String::from_utf8_lossy(&row.command);
-        let short: String = text.trim_end_matches('\n').chars().take(1000).collect();
+        let short: String = text.trim_end_matches('\n').chars().take(COMMAND_HEAD).collect();
         format!(
             "{} {} {seconds:.3} {exit} {} {}",
             self.number,
@@ -372,6 +527,50 @@ impl Job {
             let _ = std::fs::remove_file(self.dir.join(format!("{}.{suffix}", self.number)));
         }
     }
+}
+
+/// Reads the text of a job.
+#[derive(Debug)]
+pub enum CommandReader {
+    /// A short one.
+    Text(Vec<u8>),
+    /// A long one, and its length in bytes.
+    File(File, u64),
+}
+
+impl CommandReader {
+    /// Bytes from an offset on; empty at the end. Reads a file at most (the page cache).
+    ///
+    /// # Errors
+    /// The host's spool cannot be read.
+    pub fn read_at(&self, offset: u64, max: usize) -> Result<Vec<u8>, MachineError> {
+        match self {
+            CommandReader::Text(text) => {
+                let from = usize::try_from(offset).unwrap_or(usize::MAX).min(text.len());
+                let to = from.saturating_add(max).min(text.len());
+                Ok(text.get(from..to).unwrap_or_default().to_vec())
+            }
+            CommandReader::File(file, len) => {
+                let left = usize::try_from(len.saturating_sub(offset)).unwrap_or(usize::MAX);
+                let mut bytes = vec![0; max.min(left)];
+                let read = file.read_at(&mut bytes, offset).map_err(|error| spool(&error))?;
+                bytes.truncate(read);
+                Ok(bytes)
+            }
+        }
+    }
+
+    /// In bytes.
+    pub fn size(&self) -> u64 {
+        match self {
+            CommandReader::Text(text) => text.len() as u64,
+            CommandReader::File(_, len) => *len,
+        }
+    }
+}
+
+fn spool(error: &io::Error) -> MachineError {
+    MachineError::no_space(format!("the host's spool: {error}"))
 }
 
 /// The words for how it ended.
@@ -464,7 +663,7 @@ mod tests {
     fn a_finished_job_is_the_same_after_a_restart() {
         let dir = tempfile::tempdir().unwrap();
         let job = Arc::new(Job::new(7, 1000, dir.path(), 8192));
-        job.set_command(b"make\n".to_vec());
+        job.keep_script(Script::Text(b"make\n".to_vec())).unwrap();
         for _ in 0..100 {
             job.append(&record(Source::Stdout, &[b'x'; 1000])).unwrap();
         }
@@ -477,5 +676,43 @@ mod tests {
         assert_eq!(again.reader(Output::All).read_at(0, 1 << 20).unwrap(), all);
         assert_eq!(again.output_len(Output::All), all.len() as u64);
         assert_eq!(again.history_line(), job.history_line());
+    }
+
+    #[test]
+    fn a_long_text_is_in_a_file_and_only_its_head_in_memory() {
+        let dir = tempfile::tempdir().unwrap();
+        let text: Vec<u8> = "äöü\n".repeat(10_000).into_bytes();
+        let job = Job::new(1, 0, dir.path(), 1 << 20);
+        let script = Script::Text(text.clone());
+        assert!(script.is_to_be_filed());
+        job.keep_script(script).unwrap();
+        assert_eq!(job.command_len(), text.len() as u64);
+        assert!(job.row().command.len() <= 4000);
+        job.set_phase(ended(0));
+        let again = Job::load(job.row(), dir.path(), 1 << 20);
+        assert_eq!((again.command_len(), again.disk()), (text.len() as u64, text.len() as u64));
+        let reader = again.command().unwrap();
+        assert_eq!(reader.read_at(0, 1 << 20).unwrap(), text);
+        assert_eq!(reader.read_at(7, 5).unwrap(), text[7..12]);
+        assert!(reader.read_at(1 << 40, 5).unwrap().is_empty());
+        let mut body = b"spec".to_vec();
+        again.add_command(&mut body).unwrap();
+        assert_eq!(body[4..], text);
+        // Somebody cut the file short: no half of a text is run.
+        File::options().write(true).open(again.command_path()).unwrap().set_len(10).unwrap();
+        assert!(again.add_command(&mut Vec::new()).is_err());
+    }
+
+    #[test]
+    fn the_line_of_history_is_there_before_the_end_can_be_seen() {
+        let dir = tempfile::tempdir().unwrap();
+        let job = Job::new(1, 0, dir.path(), 1 << 20);
+        let ended_by_this = job.finish(ended(3), |line| {
+            assert!(line.contains(" 3 "), "{line}");
+            assert!(!job.is_done() && job.exit().is_none());
+            assert!(!job.finish(ended(4), |_| panic!("twice")));
+        });
+        assert!(ended_by_this);
+        assert_eq!(job.exit().unwrap().unwrap(), 3);
     }
 }

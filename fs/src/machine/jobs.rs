@@ -1,8 +1,8 @@
 //! The jobs of a machine: given to the agent when it is there, kept when they have ended.
 
 use super::error::MachineError;
-use super::job::{Job, Phase};
-use super::store::{self, LogKind};
+use super::job::{Job, Phase, Script};
+use super::store::{self, JobRow, LogKind};
 use super::{Machine, config};
 use crate::errno::Errno;
 use crate::link::{Link, LinkError, RequestOptions, StreamSink};
@@ -11,10 +11,10 @@ use machinefs_protocol::frame::decode_meta;
 use machinefs_protocol::job::{ExitReason, JobEnd, JobInfo, JobSpec};
 use machinefs_protocol::message::{Reply, Request};
 use parking_lot::Mutex;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::path::PathBuf;
 use std::sync::{Arc, Weak};
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 /// Finished jobs kept a machine.
 const KEEP: usize = 100;
@@ -22,6 +22,13 @@ const KEEP: usize = 100;
 const KEEP_BYTES: u64 = 256 << 20;
 /// Jobs that may be unfinished at once.
 const MOST_UNFINISHED: usize = 4096;
+/// Largest number of a job.
+const LAST_NUMBER: u64 = crate::tree::node::MAX_SUB;
+/// What is written down as the end of a job that was removed, while the agent may still have it.
+const REMOVED: &str = "removed";
+/// What could not be written down is tried again after this, and then ever less often.
+const RETRY: Duration = Duration::from_secs(1);
+const LONGEST_RETRY: Duration = Duration::from_secs(30);
 /// Output kept of a job where `output_limit` says `max`.
 const LARGEST_OUTPUT: u64 = 1 << 40;
 
@@ -32,26 +39,48 @@ struct Table {
     link: Option<Arc<Link>>,
     unfinished: usize,
     changed: SystemTime,
+    /// Removed jobs that the agent is still to forget.
+    owed: BTreeSet<u64>,
+}
+
+/// Jobs with long texts go to the agent one after the other, so that only one text is in memory.
+#[derive(Default)]
+struct Long {
+    busy: bool,
+    waiting: VecDeque<Arc<Job>>,
 }
 
 /// The jobs of a machine.
 pub struct Jobs {
     dir: PathBuf,
     table: Mutex<Table>,
+    long: Mutex<Long>,
     machine: Weak<Machine>,
 }
 
 impl Jobs {
     pub(super) fn new(machine: Weak<Machine>, dir: PathBuf) -> Jobs {
-        let table = Table { jobs: BTreeMap::new(), next: 1, link: None, unfinished: 0, changed: SystemTime::now() };
-        Jobs { dir, table: Mutex::new(table), machine }
+        let table = Table {
+            jobs: BTreeMap::new(),
+            next: 1,
+            link: None,
+            unfinished: 0,
+            changed: SystemTime::now(),
+            owed: BTreeSet::new(),
+        };
+        Jobs { dir, table: Mutex::new(table), long: Mutex::default(), machine }
     }
 
-    /// Takes up the jobs that were written down.
-    pub(super) fn load(&self, rows: Vec<store::JobRow>, limit: u64) {
+    /// Takes up the jobs that were written down. `last` is the highest number that was given to one.
+    pub(super) fn load(&self, rows: Vec<JobRow>, last: u64, limit: u64) {
         let mut table = self.table.lock();
+        table.next = last.saturating_add(1);
         for row in rows {
-            table.next = table.next.max(row.number + 1);
+            table.next = table.next.max(row.number.saturating_add(1));
+            if row.end.as_deref() == Some(REMOVED) {
+                table.owed.insert(row.number);
+                continue;
+            }
             let job = Arc::new(Job::load(row, &self.dir, limit));
             table.unfinished += usize::from(!job.is_done());
             table.jobs.insert(job.number(), job);
@@ -62,19 +91,24 @@ impl Jobs {
         self.machine.upgrade().ok_or_else(|| MachineError::down("the machine is gone"))
     }
 
-    /// A text begins: the job has its number from now on.
+    /// A text begins: the job has its number from now on. It is to be told to nobody before
+    /// [`Machine::settled`] has said that the number is written down, so that no other job ever gets it.
     ///
     /// # Errors
-    /// EHOSTDOWN when the machine is stopped, failed or lost; EMFILE when too many are unfinished; EACCES.
+    /// EHOSTDOWN when the machine is stopped, failed or lost; EMFILE when too many are unfinished; EACCES; ENOSPC.
     pub fn begin(&self, caller: Caller) -> Result<Arc<Job>, MachineError> {
         let machine = self.machine()?;
         machine.check_owner(caller)?;
         if !machine.state().takes_jobs() {
             return Err(machine.down_error());
         }
+        machine.shared.check_space()?;
         let mut table = self.table.lock();
         if table.unfinished >= MOST_UNFINISHED {
             return Err(MachineError::limit(format!("{MOST_UNFINISHED} jobs are unfinished: wait for some to end")));
+        }
+        if table.next > LAST_NUMBER {
+            return Err(MachineError::limit("all job numbers of this machine are used up"));
         }
         let number = table.next;
         table.next += 1;
@@ -82,47 +116,33 @@ impl Jobs {
         table.changed = SystemTime::now();
         let job = Arc::new(Job::new(number, caller.uid, &self.dir, output_limit(&machine)));
         table.jobs.insert(number, job.clone());
+        machine.shared.store.set_counter(&store::jobs_counter(machine.slot), number as i64);
         Ok(job)
     }
 
-    /// The text is complete: run it, at once or when the machine is up.
-    pub fn submit(&self, job: &Arc<Job>, text: Vec<u8>) {
-        let Ok(machine) = self.machine() else { return };
-        let long = text.len() > 4096;
-        job.set_command(text);
-        job.set_phase(Phase::Queued);
-        let (slot, row) = (machine.slot, job.row());
-        machine.shared.store.write(move |db| store::put_job(db, slot, &row));
-        let link = self.table.lock().link.clone();
-        match link {
-            Some(link) => start(&machine, &link, job),
-            // A machine that went down meanwhile ends it; one that boots starts it.
-            None if !machine.state().takes_jobs() => self.lose(&machine, job, "the machine is down"),
-            None => {}
+    /// The text is complete: run it, at once or when the machine is up, but not before it is written down. `done` is
+    /// called when it is, or when it cannot be, on another thread.
+    pub fn submit(&self, job: &Arc<Job>, script: Script, done: impl FnOnce(Result<(), MachineError>) + Send + 'static) {
+        let Ok(machine) = self.machine() else { return done(Err(MachineError::down("the machine is gone"))) };
+        let job = job.clone();
+        if !script.is_to_be_filed() {
+            return keep_and_start(&machine, &job, script, done);
         }
-        if long {
-            let job = job.clone();
-            machine.shared.runtime.spawn_blocking(move || {
-                if let Err(error) = job.spill_command() {
-                    tracing::warn!(%error, "a long command stays in memory");
-                }
-            });
-        }
+        let runtime = machine.shared.runtime.clone();
+        runtime.spawn_blocking(move || keep_and_start(&machine, &job, script, done));
     }
 
     /// The text was discarded: the job ends as one that could not be started.
-    pub fn abandon(&self, job: &Arc<Job>, why: &str) {
-        if let Ok(machine) = self.machine() {
-            job.set_command(format!("# {why}").into_bytes());
-            let end = JobEnd {
-                reason: ExitReason::NotStarted(libc::E2BIG),
-                log_end: 0,
-                cpu_micros: 0,
-                max_rss_kib: 0,
-                ended_ms: now_ms(),
-            };
-            self.finish(&machine, job, Phase::Ended(end));
-        }
+    pub fn abandon(&self, job: &Arc<Job>, errno: Errno, why: &str) {
+        let Ok(machine) = self.machine() else { return };
+        // A line like this needs no file, and so cannot fail.
+        let _ = job.keep_script(Script::Text(format!("# {why}").into_bytes()));
+        let reason = ExitReason::NotStarted(errno.0);
+        let end = JobEnd { reason, log_end: 0, cpu_micros: 0, max_rss_kib: 0, ended_ms: now_ms() };
+        self.finish(&machine, job, Phase::Ended(end));
+        let path = job.command_path();
+        // Not there is what is wanted; any other failure goes with the machine's directory.
+        machine.shared.runtime.spawn_blocking(move || drop(std::fs::remove_file(path)));
     }
 
     /// The job with the highest number.
@@ -156,31 +176,63 @@ impl Jobs {
     /// ENOENT when there is none.
     pub fn remove(&self, number: u64) -> Result<(), MachineError> {
         let machine = self.machine()?;
-        let (job, link) = {
-            let table = self.table.lock();
-            let job = table.jobs.get(&number).cloned();
-            (job.ok_or_else(|| MachineError::not_found(format!("no job {number}")))?, table.link.clone())
-        };
+        let job = self.get(number).ok_or_else(|| MachineError::not_found(format!("no job {number}")))?;
         if !job.is_done() {
             self.lose(&machine, &job, "it was removed");
-        }
-        if let Some(link) = link {
-            forget(&link, number);
         }
         self.drop_job(&machine, &job);
         Ok(())
     }
 
+    /// Writes a job down, unless it was removed.
+    fn put(&self, machine: &Arc<Machine>, job: &Arc<Job>) -> bool {
+        // Under the lock, so that what a removal writes comes after it.
+        let table = self.table.lock();
+        let there = table.jobs.contains_key(&job.number());
+        if there {
+            machine.shared.store.put_job(machine.slot, job.row());
+        }
+        there
+    }
+
     fn drop_job(&self, machine: &Arc<Machine>, job: &Arc<Job>) {
-        let (slot, number) = (machine.slot, job.number());
+        let number = job.number();
         {
             let mut table = self.table.lock();
-            table.jobs.remove(&number);
+            if table.jobs.remove(&number).is_none() {
+                return;
+            }
             table.changed = SystemTime::now();
+            if job.is_at_agent() {
+                // Else it would be found there one day, and be taken for one that was forgotten here by mistake.
+                table.owed.insert(number);
+                machine.shared.store.put_job(machine.slot, JobRow { end: Some(REMOVED.to_string()), ..job.row() });
+            } else {
+                machine.shared.store.delete_job(machine.slot, number);
+            }
         }
-        machine.shared.store.write(move |db| store::delete_job(db, slot, number));
+        self.forget_there(machine, job);
         let job = job.clone();
         machine.shared.runtime.spawn_blocking(move || job.remove_files());
+    }
+
+    /// Has the agent forget a job that is over for us. Not answered, it is asked again when the agent is back.
+    fn forget_there(&self, machine: &Arc<Machine>, job: &Arc<Job>) {
+        let Some(link) = self.table.lock().link.clone() else { return };
+        if job.is_at_agent() {
+            let (owner, job) = (machine.clone(), job.clone());
+            forget(&link, job.number(), move || {
+                job.set_at_agent(false);
+                owner.jobs.forgotten(&owner, job.number());
+            });
+        }
+    }
+
+    /// The agent has forgotten it.
+    fn forgotten(&self, machine: &Arc<Machine>, number: u64) {
+        if self.table.lock().owed.remove(&number) {
+            machine.shared.store.delete_job(machine.slot, number);
+        }
     }
 
     /// The agent answers: goes on with what it has, gives it what it does not know yet.
@@ -197,22 +249,39 @@ impl Jobs {
                 return link.close();
             }
         };
-        let ours: Vec<Arc<Job>> = {
+        let known: BTreeMap<u64, JobInfo> = known.into_iter().map(|info| (info.job, info)).collect();
+        let (recovered, ours, over, owed) = {
             let mut table = self.table.lock();
             table.link = Some(link.clone());
-            table.jobs.values().filter(|job| !job.is_done()).cloned().collect()
+            let recovered = self.recover(&mut table, machine, &known);
+            let (over, ours): (Vec<_>, Vec<_>) = table.jobs.values().cloned().partition(|job| job.is_done());
+            (recovered, ours, over, table.owed.clone())
         };
-        for info in &known {
-            if !ours.iter().any(|job| job.number() == info.job) {
-                forget(link, info.job);
+        if !recovered.is_empty() {
+            let what = format!("{} jobs ran in the machine that were not written down: taken up", recovered.len());
+            machine.record_error("adopt", Errno::ENOENT, &what, "");
+        }
+        for number in owed {
+            if known.contains_key(&number) {
+                let owner = machine.clone();
+                forget(link, number, move || owner.jobs.forgotten(&owner, number));
+            } else {
+                self.forgotten(machine, number);
+            }
+        }
+        for job in over {
+            job.set_at_agent(known.contains_key(&job.number()));
+            // What is not yet safe here is forgotten there once it is.
+            if job.is_stored() {
+                self.forget_there(machine, &job);
             }
         }
         for job in ours {
-            let there = known.iter().find(|info| info.job == job.number());
-            match (job.phase(), there) {
+            match (job.phase(), known.get(&job.number())) {
                 (Phase::Writing, _) => {}
                 (_, Some(info)) => {
                     job.set_phase(Phase::Starting);
+                    job.set_at_agent(true);
                     job.set_started(info.pid, info.started_ms);
                     attach(machine, link, &job);
                     if let Some(end) = info.end {
@@ -225,6 +294,34 @@ impl Jobs {
         }
     }
 
+    /// Takes up what runs in the machine and is not known here: it may be important to somebody. Its text is not
+    /// known. Gives the numbers.
+    fn recover(&self, table: &mut Table, machine: &Arc<Machine>, known: &BTreeMap<u64, JobInfo>) -> Vec<u64> {
+        let mut recovered = Vec::new();
+        for info in known.values() {
+            let number = info.job;
+            if table.jobs.contains_key(&number) || table.owed.contains(&number) || !(1..=LAST_NUMBER).contains(&number)
+            {
+                continue;
+            }
+            // An agent may list anything: what is too much is left alone.
+            if table.unfinished >= MOST_UNFINISHED {
+                break;
+            }
+            let job = Job::recovered(number, machine.owner.0, &self.dir, output_limit(machine), info.started_ms);
+            machine.shared.store.put_job(machine.slot, job.row());
+            table.jobs.insert(number, Arc::new(job));
+            table.unfinished += 1;
+            table.next = table.next.max(number + 1);
+            table.changed = SystemTime::now();
+            recovered.push(number);
+        }
+        if !recovered.is_empty() {
+            machine.shared.store.set_counter(&store::jobs_counter(machine.slot), table.next as i64 - 1);
+        }
+        recovered
+    }
+
     /// The agent is gone; jobs go on in the guest.
     pub(super) fn disconnected(&self) {
         self.table.lock().link = None;
@@ -235,6 +332,12 @@ impl Jobs {
         let unfinished: Vec<Arc<Job>> = {
             let mut table = self.table.lock();
             table.link = None;
+            for number in std::mem::take(&mut table.owed) {
+                machine.shared.store.delete_job(machine.slot, number);
+            }
+            for job in table.jobs.values() {
+                job.set_at_agent(false);
+            }
             table.jobs.values().filter(|job| !job.is_done()).cloned().collect()
         };
         for job in unfinished {
@@ -264,38 +367,95 @@ impl Jobs {
     fn finish(&self, machine: &Arc<Machine>, job: &Arc<Job>, phase: Phase) {
         // Before anybody can see that it has ended.
         machine.shared.cache().expire();
-        if !job.finish(phase, |line| machine.history.append(format!("{line}\n").as_bytes())) {
+        let is_first = job.finish(phase, |line| {
+            machine.history.append(format!("{line}\n").as_bytes());
+            machine.shared.store.log(machine.slot, LogKind::History, line);
+        });
+        if !is_first {
             return;
         }
-        let (surplus, link) = {
+        let surplus = {
             let mut table = self.table.lock();
             table.unfinished = table.unfinished.saturating_sub(1);
-            (surplus(&table), table.link.clone())
+            surplus(&table)
         };
         for old in surplus {
             self.drop_job(machine, &old);
         }
-        let (machine, job) = (machine.clone(), job.clone());
-        let runtime = machine.shared.runtime.clone();
-        runtime.spawn_blocking(move || {
-            if let Err(error) = job.save_log() {
-                tracing::error!(machine = machine.id, job = job.number(), %error, "a job's output cannot be kept");
-            }
-            let (slot, row, line) = (machine.slot, job.row(), job.history_line());
-            machine.shared.store.write_then(
-                move |db| {
-                    store::put_job(db, slot, &row)?;
-                    store::append_log(db, slot, LogKind::History, &line)
-                },
-                // Only what is safe here may be forgotten there.
-                move |written| {
-                    if let (Ok(()), Some(link)) = (written, link) {
-                        forget(&link, job.number());
-                    }
-                },
-            );
-        });
+        // One that was removed meanwhile leaves nothing.
+        if self.get(job.number()).is_some() {
+            let (machine, job) = (machine.clone(), job.clone());
+            machine.shared.runtime.clone().spawn(async move { keep(&machine, &job).await });
+        }
     }
+}
+
+/// Writes down a job that has ended, output first. What fails is tried again: until then it is kept in memory.
+async fn keep(machine: &Arc<Machine>, job: &Arc<Job>) {
+    let there = || machine.jobs.get(job.number()).is_some();
+    let mut pause = RETRY;
+    let mut told = false;
+    while there() {
+        let saving = job.clone();
+        let saved = match tokio::task::spawn_blocking(move || saving.save_log()).await {
+            Ok(saved) => saved.map_err(|error| MachineError::no_space(format!("the host's spool: {error}"))),
+            Err(_) => return,
+        };
+        let written = match saved {
+            // Put again at each turn: only a row that is there says that the output is.
+            Ok(()) if machine.jobs.put(machine, job) => machine.shared.store.flush().await,
+            Ok(()) => return,
+            Err(error) => Err(error),
+        };
+        match written {
+            Ok(()) => {
+                job.set_stored();
+                // Only what is safe here may be forgotten there.
+                return machine.jobs.forget_there(machine, job);
+            }
+            Err(error) if !told => {
+                told = true;
+                let what = format!("job {} cannot be written down yet: {error}", job.number());
+                machine.record_error("job", error.errno(), &what, "");
+            }
+            Err(_) => {}
+        }
+        tokio::time::sleep(pause).await;
+        pause = (pause * 2).min(LONGEST_RETRY);
+    }
+}
+
+/// Writes down a job whose text is complete, then starts it.
+fn keep_and_start(
+    machine: &Arc<Machine>,
+    job: &Arc<Job>,
+    script: Script,
+    done: impl FnOnce(Result<(), MachineError>) + Send + 'static,
+) {
+    let fail = |machine: &Arc<Machine>, job: &Arc<Job>, error: &MachineError| {
+        machine.jobs.abandon(job, error.errno(), &format!("not run: {error}"));
+    };
+    if let Err(error) = job.keep_script(script) {
+        let error = MachineError::no_space(format!("the script cannot be kept on the host: {error}"));
+        fail(machine, job, &error);
+        return done(Err(error));
+    }
+    machine.jobs.put(machine, job);
+    let (owner, job) = (machine.clone(), job.clone());
+    machine.shared.store.settled(move |written| {
+        if let Err(error) = &written {
+            fail(&owner, &job, error);
+        } else if job.set_phase(Phase::Queued) {
+            let link = owner.jobs.table.lock().link.clone();
+            match link {
+                Some(link) => start(&owner, &link, &job),
+                // A machine that went down meanwhile ends it; one that boots starts it.
+                None if !owner.state().takes_jobs() => owner.jobs.lose(&owner, &job, "the machine is down"),
+                None => {}
+            }
+        }
+        done(written);
+    });
 }
 
 /// The oldest finished jobs beyond what is kept.
@@ -335,42 +495,103 @@ fn job_spec(config: &config::Config) -> JobSpec {
     }
 }
 
-/// Gives a job to the agent.
+/// Gives a job to the agent: at once, or, with a long text, when its turn comes.
 fn start(machine: &Arc<Machine>, link: &Arc<Link>, job: &Arc<Job>) {
+    if job.command_in_file() {
+        machine.jobs.long.lock().waiting.push_back(job.clone());
+        start_long(machine);
+    } else {
+        send_start(machine, link, job, || {});
+    }
+}
+
+/// Starts the next job with a long text, unless one is on its way.
+fn start_long(machine: &Arc<Machine>) {
+    let next = {
+        let mut long = machine.jobs.long.lock();
+        let next = if long.busy { None } else { long.waiting.pop_front() };
+        long.busy |= next.is_some();
+        next
+    };
+    let Some(job) = next else { return };
+    let owner = machine.clone();
+    machine.shared.runtime.spawn_blocking(move || {
+        let of_end = owner.clone();
+        let end = move || {
+            of_end.jobs.long.lock().busy = false;
+            start_long(&of_end);
+        };
+        let link = owner.jobs.table.lock().link.clone();
+        match link {
+            Some(link) => send_start(&owner, &link, &job, end),
+            // It stays queued, and comes again when the agent is back.
+            None => end(),
+        }
+    });
+}
+
+/// Sends a job to the agent. `sent` is called when that is over.
+fn send_start(machine: &Arc<Machine>, link: &Arc<Link>, job: &Arc<Job>, sent: impl FnOnce() + Send + 'static) {
     if job.phase() != Phase::Queued || !job.set_phase(Phase::Starting) {
-        return;
+        return sent();
     }
     let spec = job_spec(&machine.config.lock().0);
-    let (spec_len, body) = match spec.start_body(&job.command()) {
+    let body = spec.start_body(&[]).map_err(|error| error.to_string()).and_then(|(spec_len, mut body)| {
+        job.add_command(&mut body).map_err(|error| format!("its script on the host: {error}"))?;
+        Ok((spec_len, body))
+    });
+    let (spec_len, body) = match body {
         Ok(start) => start,
-        Err(error) => return machine.jobs.lose(machine, job, &format!("it cannot be started: {error}")),
+        Err(error) => {
+            machine.jobs.lose(machine, job, &format!("it cannot be started: {error}"));
+            return sent();
+        }
     };
+    job.set_at_agent(true);
     let request = Request::JobStart { job: job.number(), spec_len };
     let (owner, there, started) = (machine.clone(), link.clone(), job.clone());
     link.request(
         &request,
         &body,
         RequestOptions::forever(),
-        Box::new(move |answer| match answer.map(|response| response.reply) {
-            Ok(Reply::Started { pid, started_ms }) => {
-                started.set_started(pid, started_ms);
-                attach(&owner, &there, &started);
+        Box::new(move |answer| {
+            match answer.map(|response| response.reply) {
+                Ok(Reply::Started { pid, started_ms }) => {
+                    started.set_started(pid, started_ms);
+                    attach(&owner, &there, &started);
+                }
+                Ok(_) => owner.jobs.lose(&owner, &started, "the agent gave a wrong answer"),
+                Err(LinkError::Remote { errno: Errno::EEXIST, .. }) => attach(&owner, &there, &started),
+                Err(error @ LinkError::Remote { .. }) => {
+                    tracing::warn!(machine = owner.id, job = started.number(), %error, "a job was refused");
+                    owner.jobs.lose(&owner, &started, &format!("the agent refused it: {error}"));
+                }
+                // It never left: it is tried again.
+                Err(LinkError::Overloaded) => {
+                    started.requeue();
+                    let owner = owner.clone();
+                    owner.shared.runtime.clone().spawn(async move {
+                        tokio::time::sleep(RETRY).await;
+                        start(&owner, &there, &started);
+                    });
+                }
+                // The stream broke: whether it runs is asked when the agent is back, or the machine is lost.
+                Err(_) => {}
             }
-            Ok(_) => owner.jobs.lose(&owner, &started, "the agent gave a wrong answer"),
-            Err(LinkError::Remote { errno: Errno::EEXIST, .. }) => attach(&owner, &there, &started),
-            Err(error @ LinkError::Remote { .. }) => {
-                tracing::warn!(machine = owner.id, job = started.number(), %error, "a job was refused");
-                owner.jobs.lose(&owner, &started, &format!("the agent refused it: {error}"));
-            }
-            // The stream broke: whether it runs is asked when the agent is back, or the machine is lost.
-            Err(_) => {}
+            sent();
         }),
     );
 }
 
-fn forget(link: &Arc<Link>, job: u64) {
-    // Not knowing it is as good; a broken stream is followed by a comparison of both sides' jobs.
-    link.request(&Request::JobForget { job }, &[], RequestOptions::forever(), Box::new(|_| {}));
+/// Has the agent forget a job; `gone` is called when it has, or did not know it. A broken stream is followed by a
+/// comparison of both sides' jobs.
+fn forget(link: &Arc<Link>, job: u64, gone: impl FnOnce() + Send + 'static) {
+    let done = Box::new(move |answer| {
+        if matches!(answer, Ok(_) | Err(LinkError::Remote { errno: Errno::ENOENT, .. })) {
+            gone();
+        }
+    });
+    link.request(&Request::JobForget { job }, &[], RequestOptions::forever(), done);
 }
 
 /// Has the agent send a job's output, from where we are.
@@ -388,6 +609,12 @@ struct Output {
 impl StreamSink for Output {
     fn records(&self, records: &[u8]) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
         self.job.append(records)?;
+        if self.job.take_storage_failure()
+            && let Some(machine) = self.machine.upgrade()
+        {
+            let what = format!("output of job {} is lost: the host's disk is full", self.job.number());
+            machine.record_error("job", Errno::ENOSPC, &what, "");
+        }
         if let (Phase::Draining(end), Some(machine)) = (self.job.phase(), self.machine.upgrade()) {
             machine.jobs.ended(&machine, self.job.number(), end);
         }

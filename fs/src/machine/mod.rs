@@ -10,13 +10,14 @@ pub mod jobs;
 pub mod output;
 pub mod registry;
 mod runner;
+mod silence;
 pub mod state;
 mod store;
 pub mod textlog;
 pub mod watch;
 
 use crate::errno::Errno;
-use crate::link::Link;
+use crate::link::{Link, RequestOptions};
 use crate::tree::guest::GuestFiles;
 use crate::tree::ops::Caller;
 use config::Config;
@@ -24,9 +25,10 @@ use error::MachineError;
 use events::stamp;
 use jobs::Jobs;
 use machinefs_backends::{Backend, MachineSpec};
-use machinefs_protocol::message::GuestInfo;
+use machinefs_protocol::message::{GuestInfo, Request};
 use parking_lot::{Mutex, RwLock};
 use registry::Shared;
+use silence::Silence;
 use state::{Action, Event, State, Step};
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
@@ -99,6 +101,9 @@ pub struct Machine {
     run_number: AtomicU64,
     /// How long a stop waits before it kills, in milliseconds.
     grace_ms: AtomicU64,
+    silence: Silence,
+    /// The run whose agent is being sought, 0 for none.
+    seeking: AtomicU64,
     jobs: Jobs,
     events: TextLog,
     console: TextLog,
@@ -328,8 +333,7 @@ impl Machine {
             life.changed = SystemTime::now();
             life.why = why.to_string();
             if from != next {
-                let (slot, word) = (self.slot, next.word());
-                self.shared.store.write(move |db| store::set_state(db, slot, word));
+                self.shared.store.set_state(self.slot, next.word());
                 let mut details = vec![("from", from.word()), ("to", next.word())];
                 if !why.is_empty() {
                     details.push(("why", why));
@@ -361,8 +365,17 @@ impl Machine {
             events::quote(command)
         );
         self.errors.append(format!("{line}\n").as_bytes());
-        let slot = self.slot;
-        self.shared.store.write(move |db| store::append_log(db, slot, LogKind::Error, &line));
+        self.shared.store.log(self.slot, LogKind::Error, &line);
+    }
+
+    /// Calls `done`, on another thread, once everything that was changed so far is written down, or could not be.
+    pub fn settled(&self, done: impl FnOnce(Result<(), MachineError>) + Send + 'static) {
+        self.shared.store.settled(done);
+    }
+
+    /// Does on another thread what writes to the disk.
+    pub fn on_disk(&self, work: impl FnOnce() + Send + 'static) {
+        self.shared.runtime.spawn_blocking(work);
     }
 
     // ---- configuration ----
@@ -401,8 +414,7 @@ impl Machine {
             config.0.set(name, value)?;
             config.1 = SystemTime::now();
         }
-        let (slot, key, text) = (self.slot, name.to_string(), value.to_string());
-        self.shared.store.write(move |db| store::set_config(db, slot, &key, &text));
+        self.shared.store.set_config(self.slot, name, value);
         // Not its value: the log of all machines is open to everybody.
         self.say("config", &[("key", name)]);
         Ok(())
@@ -460,6 +472,33 @@ impl Machine {
                 Err(error) => format!("the agent does not answer: {error}\n"),
             });
         });
+    }
+
+    /// Called each second: see [`silence`].
+    fn look_after(&self, second: u64) {
+        let link = self.link();
+        let there = || link.as_ref().is_some_and(|link| link.is_responsive());
+        if self.state() != State::Running {
+            return self.told_of(self.silence.set(false));
+        }
+        let is_turn = (second + u64::from(self.slot)).is_multiple_of(silence::ASK_EVERY);
+        if let Some(link) = link.as_ref().filter(|_| is_turn) {
+            // What matters of the answer is that it comes: the link itself notes a silence.
+            let options = RequestOptions::within(link.op_deadline());
+            link.request(&Request::Ping, &[], options, Box::new(|_| {}));
+        }
+        self.told_of(self.silence.look(there()));
+    }
+
+    fn told_of(&self, change: Option<bool>) {
+        let Some(silent) = change else { return };
+        let fault = "its agent does not answer; its jobs go on, and it is sought again; to end it: echo kill > ctl";
+        self.shared
+            .fault(&format!("{} agent", self.id), silent.then(|| format!("{}: {fault}", self.name())).as_deref());
+        if silent {
+            self.record_error("run", Errno::EHOSTUNREACH, "the agent did not answer", "");
+        }
+        self.say("agent", &[("answers", if silent { "no" } else { "yes" })]);
     }
 
     fn next_run(&self) -> u64 {

@@ -39,7 +39,7 @@ pub(super) fn open_log(dir: &Path, number: u64) -> io::Result<JobLog> {
 pub(super) fn expected_sizes(log: &JobLog) -> [u64; 3] {
     [Output::All, Output::Stdout, Output::Stderr].map(|output| {
         let lost = log.lost().of(output);
-        let mark = if lost == 0 { 0 } else { gap_text(lost).len() as u64 };
+        let mark = if lost == 0 { 0 } else { gap_text(log, lost).len() as u64 };
         log.totals().of(output).saturating_sub(lost) + mark
     })
 }
@@ -57,7 +57,7 @@ pub(super) fn sizes(log: &JobLog) -> Result<[u64; 3], LogError> {
             sizes[which(output)] += match log.read_source(&mut cursor, output, 1 << 20)? {
                 joblog::Chunk::Data(bytes) if bytes.is_empty() => break,
                 joblog::Chunk::Data(bytes) => bytes.len() as u64,
-                joblog::Chunk::Gap(lost) => gap_text(lost.of(output)).len() as u64,
+                joblog::Chunk::Gap(lost) => gap_text(log, lost.of(output)).len() as u64,
             };
         }
     }
@@ -65,8 +65,15 @@ pub(super) fn sizes(log: &JobLog) -> Result<[u64; 3], LogError> {
 }
 
 /// What stands in the output where some of it was not kept.
-fn gap_text(lost: u64) -> String {
-    format!("\n[machinefs: {lost} bytes were not kept, see config/output_limit]\n")
+fn gap_text(log: &JobLog, lost: u64) -> String {
+    let why = if log.storage_failed() {
+        "the host's disk was full"
+    } else if log.end() <= log.limit() {
+        "the machine had no room for them"
+    } else {
+        "see config/output_limit"
+    };
+    format!("\n[machinefs: {lost} bytes were not kept, {why}]\n")
 }
 
 /// What a read of a job's output gives.
@@ -126,13 +133,21 @@ impl OutputReader {
                 self.log.insert(log).clone()
             }
         };
-        let chunk = log.lock().read_source(&mut self.cursor, self.output, max).map_err(|error| spool(&error))?;
+        let (chunk, gap) = {
+            let log = log.lock();
+            let chunk = log.read_source(&mut self.cursor, self.output, max).map_err(|error| spool(&error))?;
+            let gap = match &chunk {
+                joblog::Chunk::Gap(lost) => gap_text(&log, lost.of(self.output)),
+                joblog::Chunk::Data(_) => String::new(),
+            };
+            (chunk, gap)
+        };
         match chunk {
             joblog::Chunk::Data(bytes) if !bytes.is_empty() => Ok(self.give(bytes)),
             joblog::Chunk::Data(_) if done => Ok(Chunk::End),
             joblog::Chunk::Data(_) => Ok(Chunk::Pending),
-            joblog::Chunk::Gap(lost) => {
-                self.pending = gap_text(lost.of(self.output)).into_bytes();
+            joblog::Chunk::Gap(_) => {
+                self.pending = gap.into_bytes();
                 self.next(max)
             }
         }
@@ -176,5 +191,44 @@ impl OutputReader {
             }
         }
         Ok(found)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use machinefs_protocol::job::{Source, record_header};
+    use std::sync::atomic::{AtomicBool, Ordering};
+
+    #[test]
+    fn a_gap_says_why() {
+        let record = [&record_header(Source::Stdout, 60_000)[..], &vec![b'x'; 60_000]].concat();
+        // Far from the limit: the file cannot be made at first.
+        let dir = tempfile::tempdir().unwrap();
+        let (path, full) = (dir.path().join("1.log"), Arc::new(AtomicBool::new(true)));
+        let disk = full.clone();
+        let mut log = JobLog::new(
+            64 << 20,
+            Box::new(move || {
+                if disk.load(Ordering::SeqCst) {
+                    return Err(io::ErrorKind::StorageFull.into());
+                }
+                OpenOptions::new().read(true).write(true).create(true).truncate(true).open(&path)
+            }),
+        );
+        for round in 0..40 {
+            full.store(round < 20, Ordering::SeqCst);
+            log.append_records(&record).unwrap();
+        }
+        assert!(log.storage_failed());
+        assert!(gap_text(&log, 1).contains("the host's disk was full"));
+        log.save().unwrap();
+        let again = open_log(dir.path(), 1).unwrap();
+        assert!(again.storage_failed(), "known after a restart");
+        assert_eq!(sizes(&again).unwrap(), sizes(&log).unwrap());
+
+        let mut log = new_log(dir.path(), 2, 8192);
+        log.append_records(&record).unwrap();
+        assert!(gap_text(&log, 1).contains("output_limit"));
     }
 }

@@ -5,6 +5,7 @@ use super::error::MachineError;
 use super::events::Events;
 use super::jobs::Jobs;
 use super::runner::{self, Begin};
+use super::silence::Silence;
 use super::state::State;
 use super::store::{self, LogKind, MachineRow, Store};
 use super::textlog::TextLog;
@@ -27,6 +28,9 @@ use tokio::sync::mpsc;
 pub const DEFAULT_MAX_MACHINES: usize = 1000;
 /// Node ids have room for so many boots in one life of the daemon.
 const MAX_EPOCH: u32 = 1 << 23;
+
+/// With less than this free, in bytes, no job is begun: those that run must be able to end.
+const LEAST_FREE: u64 = 256 * 1024;
 
 /// What the service is told at its start.
 pub struct Options {
@@ -87,6 +91,26 @@ impl Shared {
     pub(super) fn forget(&self, machine: &Arc<Machine>) {
         self.slots.remove(&machine.slot);
         self.uid_slots.lock().remove(&machine.uid_slot);
+    }
+
+    /// Whether the disk of the state directory takes more.
+    ///
+    /// # Errors
+    /// ENOSPC when it is as good as full.
+    pub(super) fn check_space(&self) -> Result<(), MachineError> {
+        let dir = &self.options.state_dir;
+        // What cannot be asked shows when it is written.
+        let Ok(disk) = rustix::fs::statvfs(dir) else { return Ok(()) };
+        let blocks = if self.mount_uid == 0 { disk.f_bfree } else { disk.f_bavail };
+        let free = blocks.saturating_mul(disk.f_frsize);
+        if free >= LEAST_FREE {
+            return Ok(());
+        }
+        Err(MachineError::no_space(format!(
+            "the host's disk with {} is full ({} KiB free): remove something from it",
+            dir.display(),
+            free / 1024
+        )))
     }
 
     /// Sets or clears a line of `.sys/health`.
@@ -175,6 +199,7 @@ impl Registry {
         }
         drop(known);
         while all_known.recv().await.is_some() {}
+        shared.runtime.spawn(look_after(Arc::downgrade(&shared)));
         shared.events.say(0, "-", None, "started", &[("version", env!("CARGO_PKG_VERSION"))]);
         Ok(Arc::new(Registry { shared, started: SystemTime::now(), shutdown: tokio::sync::Notify::new() }))
     }
@@ -385,7 +410,9 @@ impl Registry {
 
     /// Waits until everything is written down.
     pub async fn flush(&self) {
-        self.shared.store.flush().await;
+        if let Err(error) = self.shared.store.flush().await {
+            tracing::error!(%error, "not everything could be written down");
+        }
     }
 
     /// The events of all machines.
@@ -421,11 +448,23 @@ impl Registry {
 
     /// `ok`, or one line a fault.
     pub fn health_text(&self) -> String {
-        let faults = self.shared.faults.lock();
-        if faults.is_empty() {
-            return "ok\n".into();
+        let mut lines: Vec<String> =
+            self.shared.faults.lock().iter().map(|(subject, fault)| format!("{subject}: {fault}\n")).collect();
+        lines.extend(self.shared.check_space().err().map(|error| format!("disk: {error}\n")));
+        lines.extend(self.shared.store.fault().map(|fault| format!("store: {fault}\n")));
+        if lines.is_empty() { "ok\n".into() } else { lines.concat() }
+    }
+}
+
+/// Looks at each machine once a second, for as long as the service is there.
+async fn look_after(shared: Weak<Shared>) {
+    for second in 0.. {
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        let Some(shared) = shared.upgrade() else { return };
+        let machines: Vec<Arc<Machine>> = shared.slots.iter().map(|entry| entry.value().clone()).collect();
+        for machine in machines {
+            machine.look_after(second);
         }
-        faults.iter().map(|(subject, fault)| format!("{subject}: {fault}\n")).collect()
     }
 }
 
@@ -486,6 +525,8 @@ fn enter(
         run: Mutex::new(RunFacts::default()),
         run_number: AtomicU64::new(0),
         grace_ms: AtomicU64::new(10_000),
+        silence: Silence::default(),
+        seeking: AtomicU64::new(0),
         jobs: Jobs::new(weak.clone(), jobs_dir),
         dir,
         events: TextLog::new(LOG_LIMIT),
@@ -516,9 +557,10 @@ fn enter(
 fn take_up(shared: &Arc<Shared>, row: MachineRow, known: mpsc::Sender<()>) -> Result<(), MachineError> {
     shared.uid_slots.lock().insert(row.uid_slot);
     let slot = row.slot;
-    let (jobs, events, errors, history) = shared.store.query(move |db| {
+    let (jobs, last, events, errors, history) = shared.store.query(move |db| {
         Ok((
             store::jobs(db, slot)?,
+            store::counter(db, &store::jobs_counter(slot))?,
             store::load_log(db, slot, LogKind::Event, LOG_LINES)?,
             store::load_log(db, slot, LogKind::Error, LOG_LINES)?,
             store::load_log(db, slot, LogKind::History, LOG_LINES)?,
@@ -527,7 +569,7 @@ fn take_up(shared: &Arc<Shared>, row: MachineRow, known: mpsc::Sender<()>) -> Re
     let limit = row.config.iter().find(|(key, _)| key == "output_limit");
     let limit = limit.and_then(|(_, value)| config::parse_size(value).flatten()).unwrap_or(64 << 20);
     enter(shared, row, Begin::Adopt(known), move |machine| {
-        machine.jobs.load(jobs, limit);
+        machine.jobs.load(jobs, last.max(0) as u64, limit);
         for (log, lines) in [(&machine.events, events), (&machine.errors, errors), (&machine.history, history)] {
             for line in lines {
                 log.append(format!("{line}\n").as_bytes());

@@ -7,13 +7,16 @@ use crate::link::{Link, LinkError, LinkEvents, LinkOptions, RequestOptions};
 use crate::tree::guest::{GuestFiles, GuestView};
 use machinefs_backends::{Adopted, Running};
 use machinefs_protocol::message::{Event as GuestEvent, GuestInfo, Reply, Request};
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Weak};
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, SystemTime};
 use tokio::io::unix::AsyncFd;
 use tokio::sync::mpsc;
 
-/// How long the agent is sought again after its stream broke, before the machine is given up as lost.
-const RECONNECT_FOR: Duration = Duration::from_secs(10);
+/// How long a machine that is taken over after a restart is held up by an agent that does not answer.
+const TAKE_OVER: Duration = Duration::from_secs(10);
+/// While the agent is sought, its machine is looked at so often.
+const SEEK: Duration = Duration::from_secs(10);
 
 /// What a machine begins with.
 pub(super) enum Begin {
@@ -65,6 +68,10 @@ pub(super) async fn run(machine: Arc<Machine>, mut actions: mpsc::UnboundedRecei
             Action::Resume => {
                 let thawed = machine.backend().resume(&machine.spec()).await;
                 pause_done(&machine, "resume", thawed.map_err(MachineError::from));
+                // Its stream broke while it could not answer.
+                if machine.state() == State::Running && machine.link().is_none() {
+                    reconnect_behind(&machine, machine.run_number.load(Ordering::SeqCst));
+                }
             }
             Action::TearDown => {
                 tear_down(&machine).await;
@@ -121,7 +128,7 @@ async fn boot(machine: &Arc<Machine>) -> Result<(), MachineError> {
     let (backend, spec) = (machine.backend(), machine.spec());
     let config = machine.config.lock().0.clone();
     // What is about to be made is written down first: a crash from here on leaks nothing.
-    machine.shared.store.flush().await;
+    machine.shared.store.flush().await?;
     if machine.state() == State::Creating {
         std::fs::create_dir_all(&spec.dir)
             .map_err(|error| MachineError::no_space(format!("cannot make {}: {error}", spec.dir.display())))?;
@@ -140,6 +147,9 @@ async fn boot(machine: &Arc<Machine>) -> Result<(), MachineError> {
     let _ = machine.fire(Event::Booted);
     // Only now: a machine written down as booting has started no job.
     machine.jobs.connected(machine, &link).await;
+    if machine.link().is_none() {
+        reconnect_behind(machine, run);
+    }
     Ok(())
 }
 
@@ -272,36 +282,58 @@ impl LinkEvents for AgentNews {
 
     fn lost(&self, reason: &LinkError) {
         let Some(machine) = self.machine.upgrade() else { return };
-        if !machine.is_run(self.run) || machine.state() != State::Running {
+        // One that is being ended takes its link down itself.
+        if !machine.is_run(self.run) || !matches!(machine.state(), State::Booting | State::Running | State::Paused) {
             return;
         }
         tracing::warn!(machine = machine.id, %reason, "the agent's stream broke");
         machine.say("agent", &[("stream", "lost")]);
         *machine.guest.write() = None;
         machine.jobs.disconnected();
-        let run = self.run;
-        let runtime = machine.shared.runtime.clone();
-        runtime.spawn(async move { reconnect(&machine, run).await });
+        // One that boots or is paused is connected anew when that is over.
+        if machine.state() == State::Running {
+            reconnect_behind(&machine, self.run);
+        }
     }
 }
 
+/// Seeks the agent for as long as its machine runs: one that was stopped for a while, or is very busy, comes back, and
+/// its jobs with it.
 async fn reconnect(machine: &Arc<Machine>, run: u64) {
-    let began = Instant::now();
-    while began.elapsed() < RECONNECT_FOR {
-        if !machine.is_run(run) || machine.state() != State::Running {
+    let wanted = || machine.is_run(run) && machine.state() == State::Running && machine.link().is_none();
+    while wanted() {
+        // Runs count from 1.
+        if machine.seeking.swap(run, Ordering::SeqCst) == run {
             return;
         }
-        if let Ok(Ok(link)) = tokio::time::timeout(Duration::from_secs(2), connect(machine, run)).await {
-            machine.say("agent", &[("stream", "back")]);
-            machine.jobs.connected(machine, &link).await;
-            return;
+        seek(machine, run).await;
+        let _ = machine.seeking.compare_exchange(run, 0, Ordering::SeqCst, Ordering::SeqCst);
+    }
+}
+
+async fn seek(machine: &Arc<Machine>, run: u64) {
+    while machine.is_run(run) && machine.state() == State::Running {
+        match tokio::time::timeout(SEEK, connect(machine, run)).await {
+            Ok(Ok(link)) => {
+                machine.say("agent", &[("stream", "back")]);
+                return machine.jobs.connected(machine, &link).await;
+            }
+            // Trying again does not help.
+            Ok(Err(error)) if machine.is_run(run) => {
+                machine.record_error("run", error.errno(), &error.to_string(), "");
+                let _ = machine.fire_because(Event::AgentLost, &error.to_string());
+                return;
+            }
+            Ok(Err(_)) => return,
+            // Whether the machine still runs is looked at from time to time.
+            Err(_) => {}
         }
     }
-    if machine.is_run(run) {
-        let why = format!("its agent did not answer for {} s", RECONNECT_FOR.as_secs());
-        machine.record_error("run", crate::errno::Errno::EHOSTUNREACH, &why, "");
-        let _ = machine.fire_because(Event::AgentLost, &why);
-    }
+}
+
+fn reconnect_behind(machine: &Arc<Machine>, run: u64) {
+    let machine = machine.clone();
+    machine.shared.runtime.clone().spawn(async move { reconnect(&machine, run).await });
 }
 
 fn disconnect(machine: &Arc<Machine>) {
@@ -313,7 +345,7 @@ fn disconnect(machine: &Arc<Machine>) {
 
 /// Asks the guest to end, waits for the grace, and kills what is left.
 async fn shut_down(machine: &Arc<Machine>) {
-    let grace = Duration::from_millis(machine.grace_ms.load(std::sync::atomic::Ordering::Relaxed));
+    let grace = Duration::from_millis(machine.grace_ms.load(Ordering::Relaxed));
     let (backend, spec) = (machine.backend(), machine.spec());
     // A frozen guest could not hear it.
     if let Err(error) = backend.resume(&spec).await {
@@ -409,8 +441,23 @@ async fn take_over(machine: &Arc<Machine>, known: mpsc::Sender<()>) -> Option<Ac
         if was == State::Paused {
             let _ = machine.backend().resume(&machine.spec()).await;
         }
-        if let Ok(Ok(link)) = tokio::time::timeout(RECONNECT_FOR, connect(machine, run)).await {
-            machine.jobs.connected(machine, &link).await;
+        let found = tokio::time::timeout(TAKE_OVER, connect(machine, run)).await;
+        let link = match found {
+            Ok(Ok(link)) => Some(link),
+            Ok(Err(error)) => {
+                machine.record_error("adopt", error.errno(), &error.to_string(), "");
+                None
+            }
+            Err(_) => None,
+        };
+        if let Some(link) = &link {
+            machine.jobs.connected(machine, link).await;
+        } else if was != State::Booting {
+            let why = "the agent did not answer after the daemon's restart; it is sought again";
+            machine.record_error("adopt", crate::errno::Errno::EHOSTUNREACH, why, "");
+        }
+        // One that was booting and has no agent yet boots anew.
+        if link.is_some() || was != State::Booting {
             if was == State::Paused {
                 let frozen = machine.backend().pause(&machine.spec()).await;
                 pause_done(machine, "pause", frozen.map_err(MachineError::from));
@@ -418,6 +465,9 @@ async fn take_over(machine: &Arc<Machine>, known: mpsc::Sender<()>) -> Option<Ac
             watch_end(machine, run);
             let _ = machine.fire(Event::Booted);
             machine.say("adopted", &[]);
+            if machine.link().is_none() {
+                reconnect_behind(machine, run);
+            }
             return None;
         }
     }

@@ -1,104 +1,56 @@
 //! What outlives the daemon: machines, their configuration, jobs and logs, in SQLite.
 //!
-//! One thread owns the connection. Writes are handed to it as closures and run in order; those that have queued up
-//! meanwhile share one transaction, so that a durable commit (about 0.7 ms) is paid once for all of them.
+//! One thread owns the connection. What changes often (states, values, jobs, log lines) is put into [`Changes`], where
+//! a newer value takes the place of an older one: however fast somebody makes changes, what waits to be written is
+//! bounded, and so is the time until a barrier ([`Store::settled`]) is reached. Other writes are handed over as closures
+//! and run in order. All that has come up meanwhile shares one transaction, so that a commit is paid once for all.
+//!
+//! Changes that cannot be written (the disk is full) are kept and tried again.
+
+mod changes;
+mod tables;
 
 use super::error::MachineError;
-use rusqlite::{Connection, OptionalExtension, params};
+use changes::{Changes, Trims};
+use parking_lot::Mutex;
+use rusqlite::Connection;
 use std::path::Path;
-use std::sync::mpsc;
+use std::sync::{Arc, mpsc};
 use std::thread::JoinHandle;
 use std::time::Duration;
+pub use tables::{
+    JobRow, LogKind, MachineRow, counter, delete_machine, insert_machine, jobs, jobs_counter, load_log, machines,
+    set_name,
+};
+use tables::{SCHEMA, SCHEMA_VERSION};
 
-/// The layout of the tables; a database of another number is refused.
-const SCHEMA_VERSION: i64 = 1;
-
-const SCHEMA: &str = "
-CREATE TABLE machine (
-    slot INTEGER PRIMARY KEY AUTOINCREMENT,
-    name TEXT NOT NULL,
-    uid INTEGER NOT NULL, gid INTEGER NOT NULL,
-    created_ms INTEGER NOT NULL,
-    state TEXT NOT NULL,
-    uid_slot INTEGER NOT NULL
-);
-CREATE TABLE config (slot INTEGER NOT NULL, key TEXT NOT NULL, value TEXT NOT NULL, PRIMARY KEY (slot, key)) WITHOUT ROWID;
-CREATE TABLE job (
-    slot INTEGER NOT NULL, number INTEGER NOT NULL,
-    uid INTEGER NOT NULL, created_ms INTEGER NOT NULL,
-    started_ms INTEGER, ended_ms INTEGER,
-    end TEXT, cpu_micros INTEGER NOT NULL DEFAULT 0, max_rss_kib INTEGER NOT NULL DEFAULT 0,
-    command BLOB NOT NULL,
-    PRIMARY KEY (slot, number)
-) WITHOUT ROWID;
-CREATE TABLE log (seq INTEGER PRIMARY KEY AUTOINCREMENT, slot INTEGER NOT NULL, kind INTEGER NOT NULL, line TEXT NOT NULL);
-CREATE INDEX log_by_machine ON log (slot, kind, seq);
-CREATE TABLE counter (name TEXT PRIMARY KEY, value INTEGER NOT NULL) WITHOUT ROWID;
-";
+/// After a failure the changes are tried again so often.
+const RETRY: Duration = Duration::from_secs(1);
+/// Writes that share one transaction, at most.
+const BATCH: usize = 256;
+/// Size the write-ahead log is cut back to after a burst, in bytes.
+const WAL_KEPT: i64 = 4 << 20;
+/// Pages given back to the file system at once.
+const VACUUM_PAGES: u32 = 256;
 
 type Work = Box<dyn FnOnce(&Connection) -> Result<(), MachineError> + Send>;
 type Done = Box<dyn FnOnce(Result<(), MachineError>) + Send>;
 
+enum Item {
+    /// A write, and who is told of it.
+    Work(Work, Option<Done>),
+    /// Told when all changes made before are committed.
+    Barrier(Done),
+    /// There are changes.
+    Wake,
+}
+
 /// The handle to the thread that owns the database. Cheap to clone.
 #[derive(Clone)]
 pub struct Store {
-    queue: mpsc::Sender<(Work, Option<Done>)>,
-}
-
-/// A machine as it is written down.
-#[derive(Clone, Debug)]
-pub struct MachineRow {
-    /// Its number, never used again.
-    pub slot: u32,
-    /// Its name.
-    pub name: String,
-    /// Its owner.
-    pub uid: u32,
-    /// Its owner's group.
-    pub gid: u32,
-    /// Milliseconds since 1970.
-    pub created_ms: i64,
-    /// The word of its state.
-    pub state: String,
-    /// Its range of user numbers.
-    pub uid_slot: u32,
-    /// Its configuration.
-    pub config: Vec<(String, String)>,
-}
-
-/// A job as it is written down.
-#[derive(Clone, Debug)]
-pub struct JobRow {
-    /// Its number within the machine.
-    pub number: u64,
-    /// Who gave it.
-    pub uid: u32,
-    /// Milliseconds since 1970.
-    pub created_ms: i64,
-    /// When it started, if it did.
-    pub started_ms: Option<i64>,
-    /// When it ended, if it did.
-    pub ended_ms: Option<i64>,
-    /// How it ended, as `jobs.rs` writes it.
-    pub end: Option<String>,
-    /// Processor time, in microseconds.
-    pub cpu_micros: i64,
-    /// Largest resident size, in KiB.
-    pub max_rss_kib: i64,
-    /// Its text.
-    pub command: Vec<u8>,
-}
-
-/// Which log a line belongs to.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[repr(u8)]
-pub enum LogKind {
-    /// `events`.
-    Event = 1,
-    /// `errors`.
-    Error = 2,
-    /// `history`.
-    History = 3,
+    queue: mpsc::Sender<Item>,
+    changes: Arc<Mutex<Changes>>,
+    fault: Arc<Mutex<Option<String>>>,
 }
 
 impl Store {
@@ -110,9 +62,12 @@ impl Store {
         let db = Connection::open(path)
             .map_err(|error| MachineError::internal(format!("cannot open {}: {error}", path.display())))?;
         db.busy_timeout(Duration::from_secs(5))?;
+        // Before the first table: later it takes a VACUUM.
+        db.pragma_update(None, "auto_vacuum", "INCREMENTAL")?;
         db.pragma_update(None, "journal_mode", "WAL")?;
         // NORMAL survives a crash of the daemon entirely; a power cut may lose the last commits, never consistency.
         db.pragma_update(None, "synchronous", "NORMAL")?;
+        db.pragma_update(None, "journal_size_limit", WAL_KEPT)?;
         let version: i64 = db.pragma_query_value(None, "user_version", |row| row.get(0))?;
         match version {
             0 => {
@@ -127,26 +82,28 @@ impl Store {
                 )));
             }
         }
-        let (queue, work) = mpsc::channel();
+        let (queue, items) = mpsc::channel();
+        let store = Store { queue, changes: Arc::default(), fault: Arc::default() };
+        let writer = Writer { db, changes: store.changes.clone(), fault: store.fault.clone(), trims: Trims::default() };
         let thread = std::thread::Builder::new()
             .name("store".into())
-            .spawn(move || run(&db, &work))
+            .spawn(move || writer.run(&items))
             .map_err(|error| MachineError::internal(format!("cannot start the store's thread: {error}")))?;
-        Ok((Store { queue }, thread))
+        Ok((store, thread))
     }
 
     /// Queues a write; nobody waits for it. A failure is logged loudly.
     pub fn write(&self, work: impl FnOnce(&Connection) -> Result<(), MachineError> + Send + 'static) {
-        self.send(Box::new(work), None);
+        self.send(Item::Work(Box::new(work), None));
     }
 
-    /// Queues a write; `done` is called on the store's thread once it (and all before it) is durable.
+    /// Queues a write; `done` is called on the store's thread once it (and all before it) is committed.
     pub fn write_then(
         &self,
         work: impl FnOnce(&Connection) -> Result<(), MachineError> + Send + 'static,
         done: impl FnOnce(Result<(), MachineError>) + Send + 'static,
     ) {
-        self.send(Box::new(work), Some(Box::new(done)));
+        self.send(Item::Work(Box::new(work), Some(Box::new(done))));
     }
 
     /// Runs a query on the store's thread and waits for it. Not for the threads that read requests.
@@ -166,216 +123,187 @@ impl Store {
         receive.recv().map_err(|_| MachineError::internal("the store's thread has ended"))?
     }
 
-    /// Waits until everything queued so far is durable.
-    pub async fn flush(&self) {
-        let (send, receive) = tokio::sync::oneshot::channel();
-        self.write_then(
-            |_| Ok(()),
-            move |_| {
-                let _ = send.send(());
-            },
-        );
-        let _ = receive.await;
+    /// Calls `done` on the store's thread once all changes made before are committed, or could not be. In the latter
+    /// case they are tried again all the same.
+    pub fn settled(&self, done: impl FnOnce(Result<(), MachineError>) + Send + 'static) {
+        self.send(Item::Barrier(Box::new(done)));
     }
 
-    fn send(&self, work: Work, done: Option<Done>) {
-        if let Err(mpsc::SendError((_, Some(done)))) = self.queue.send((work, done)) {
+    /// Waits until everything so far is committed.
+    ///
+    /// # Errors
+    /// It could not be written, and will be tried again.
+    pub async fn flush(&self) -> Result<(), MachineError> {
+        let (send, receive) = tokio::sync::oneshot::channel();
+        self.settled(move |result| {
+            let _ = send.send(result);
+        });
+        receive.await.unwrap_or_else(|_| Err(MachineError::internal("the store's thread has ended")))
+    }
+
+    /// Why nothing can be written now.
+    pub fn fault(&self) -> Option<String> {
+        self.fault.lock().clone()
+    }
+
+    /// A machine's state.
+    pub fn set_state(&self, slot: u32, state: &'static str) {
+        self.change(|changes| changes.set_state(slot, state));
+    }
+
+    /// A value of a machine's configuration.
+    pub fn set_config(&self, slot: u32, key: &str, value: &str) {
+        self.change(|changes| changes.set_config(slot, key, value));
+    }
+
+    /// A job as it is now.
+    pub fn put_job(&self, slot: u32, row: JobRow) {
+        self.change(|changes| changes.put_job(slot, row));
+    }
+
+    /// A job is forgotten.
+    pub fn delete_job(&self, slot: u32, number: u64) {
+        self.change(|changes| changes.delete_job(slot, number));
+    }
+
+    /// A counter that goes on over restarts; it never goes back.
+    pub fn set_counter(&self, name: &str, value: i64) {
+        self.change(|changes| changes.set_counter(name, value));
+    }
+
+    /// A line for a log; the service's own log is slot 0.
+    pub fn log(&self, slot: u32, kind: LogKind, line: &str) {
+        self.change(|changes| changes.log(slot, kind, line));
+    }
+
+    fn change(&self, make: impl FnOnce(&mut Changes)) {
+        let first = {
+            let mut changes = self.changes.lock();
+            let first = changes.is_empty();
+            make(&mut changes);
+            first
+        };
+        if first {
+            self.send(Item::Wake);
+        }
+    }
+
+    fn send(&self, item: Item) {
+        if let Err(mpsc::SendError(Item::Work(_, Some(done)) | Item::Barrier(done))) = self.queue.send(item) {
             done(Err(MachineError::internal("the store's thread has ended")));
         }
     }
 }
 
-fn run(db: &Connection, queue: &mpsc::Receiver<(Work, Option<Done>)>) {
-    while let Ok(first) = queue.recv() {
+struct Writer {
+    db: Connection,
+    changes: Arc<Mutex<Changes>>,
+    fault: Arc<Mutex<Option<String>>>,
+    trims: Trims,
+}
+
+impl Writer {
+    fn run(mut self, queue: &mpsc::Receiver<Item>) {
+        let mut failed = false;
+        loop {
+            let first = if failed {
+                match queue.recv_timeout(RETRY) {
+                    Ok(first) => first,
+                    Err(mpsc::RecvTimeoutError::Timeout) => Item::Wake,
+                    Err(mpsc::RecvTimeoutError::Disconnected) => break,
+                }
+            } else {
+                match queue.recv() {
+                    Ok(first) => first,
+                    Err(mpsc::RecvError) => break,
+                }
+            };
+            failed = !self.batch(first, queue);
+        }
+    }
+
+    /// One transaction; whether all changes were committed.
+    fn batch(&mut self, first: Item, queue: &mpsc::Receiver<Item>) -> bool {
+        let begun = self.db.execute_batch("BEGIN").map_err(MachineError::from);
+        let mut state = begun.clone();
+        let mut applied = Changes::default();
         let mut finished: Vec<(Result<(), MachineError>, Option<Done>)> = Vec::new();
-        let begun = db.execute_batch("BEGIN");
         let mut next = Some(first);
-        while let Some((work, done)) = next {
-            // Each write stands alone: one that fails is undone without the others.
-            let result = begun
-                .as_ref()
-                .map_err(|error| MachineError::internal(format!("the state database: {error}")))
-                .and_then(|()| {
-                    db.execute_batch("SAVEPOINT one")?;
-                    let result = work(db);
-                    let end = if result.is_ok() { "RELEASE one" } else { "ROLLBACK TO one; RELEASE one" };
-                    db.execute_batch(end)?;
-                    result
-                });
-            finished.push((result, done));
-            next = if finished.len() < 256 { queue.try_recv().ok() } else { None };
+        let mut count = 0;
+        while let Some(item) = next {
+            // A write must find what was changed before it was queued.
+            if state.is_ok() {
+                let changes = std::mem::take(&mut *self.changes.lock());
+                if !changes.is_empty() {
+                    state = in_savepoint(&self.db, |db| changes.write(db, &mut self.trims));
+                    if state.is_ok() {
+                        applied.add(changes);
+                    } else {
+                        self.changes.lock().restore(changes);
+                    }
+                }
+            }
+            match item {
+                // Each write stands alone: one that fails is undone without the others.
+                Item::Work(work, done) => {
+                    finished.push((begun.clone().and_then(|()| in_savepoint(&self.db, work)), done));
+                }
+                Item::Barrier(done) => finished.push((state.clone(), Some(done))),
+                Item::Wake => {}
+            }
+            count += 1;
+            next = if count < BATCH { queue.try_recv().ok() } else { None };
         }
-        let committed = if begun.is_ok() { db.execute_batch("COMMIT") } else { Ok(()) };
+        let committed = begun.and_then(|()| {
+            self.db
+                .execute_batch("COMMIT")
+                .map_err(|error| MachineError::no_space(format!("the state database cannot be written: {error}")))
+        });
         if committed.is_err() {
-            let _ = db.execute_batch("ROLLBACK");
+            let _ = self.db.execute_batch("ROLLBACK");
+            self.changes.lock().restore(applied);
         }
+        let outcome = state.and_then(|()| committed.clone());
+        self.note(outcome.as_ref().err());
         for (result, done) in finished {
-            let result = result.and_then(|()| {
-                committed
-                    .as_ref()
-                    .copied()
-                    .map_err(|error| MachineError::no_space(format!("the state database cannot be written: {error}")))
-            });
-            if let Err(error) = &result {
-                tracing::error!(%error, "a change could not be written down");
-            }
-            if let Some(done) = done {
-                done(result);
+            let result = result.and_then(|()| committed.clone());
+            match done {
+                Some(done) => done(result),
+                None => {
+                    if let Err(error) = result {
+                        tracing::error!(%error, "a change could not be written down");
+                    }
+                }
             }
         }
+        if outcome.is_ok() && self.trims.take_trimmed() {
+            // What was freed goes back to the file system, a little at a time. Failing, it is freed later.
+            let _ = self.db.execute_batch(&format!("PRAGMA incremental_vacuum({VACUUM_PAGES})"));
+        }
+        outcome.is_ok()
+    }
+
+    fn note(&self, error: Option<&MachineError>) {
+        let mut fault = self.fault.lock();
+        match (error, &*fault) {
+            (Some(error), None) => tracing::error!(%error, "changes cannot be written down; trying again"),
+            (None, Some(_)) => tracing::info!("changes are written down again"),
+            _ => {}
+        }
+        *fault = error.map(|error| format!("{error}; what changes is kept in memory and tried again"));
     }
 }
 
-/// Inserts a machine and gives its slot.
-pub fn insert_machine(db: &Connection, row: &MachineRow) -> Result<u32, MachineError> {
-    db.prepare_cached("INSERT INTO machine (name, uid, gid, created_ms, state, uid_slot) VALUES (?, ?, ?, ?, ?, ?)")?
-        .execute(params![row.name, row.uid, row.gid, row.created_ms, row.state, row.uid_slot])?;
-    let slot = u32::try_from(db.last_insert_rowid())
-        .ok()
-        .filter(|slot| *slot < 1 << 24)
-        .ok_or_else(|| MachineError::limit("all 16 million machine numbers of this state directory are used up"))?;
-    for (key, value) in &row.config {
-        set_config(db, slot, key, value)?;
-    }
-    Ok(slot)
-}
-
-/// Sets or replaces one value of a machine's configuration.
-pub fn set_config(db: &Connection, slot: u32, key: &str, value: &str) -> Result<(), MachineError> {
-    db.prepare_cached("INSERT OR REPLACE INTO config (slot, key, value) VALUES (?, ?, ?)")?
-        .execute(params![slot, key, value])?;
-    Ok(())
-}
-
-/// Writes down a machine's state.
-pub fn set_state(db: &Connection, slot: u32, state: &str) -> Result<(), MachineError> {
-    db.prepare_cached("UPDATE machine SET state = ? WHERE slot = ?")?.execute(params![state, slot])?;
-    Ok(())
-}
-
-/// Renames a machine.
-pub fn set_name(db: &Connection, slot: u32, name: &str) -> Result<(), MachineError> {
-    db.prepare_cached("UPDATE machine SET name = ? WHERE slot = ?")?.execute(params![name, slot])?;
-    Ok(())
-}
-
-/// Forgets a machine whose resources are gone.
-pub fn delete_machine(db: &Connection, slot: u32) -> Result<(), MachineError> {
-    for table in ["config", "job", "log", "machine"] {
-        db.execute(&format!("DELETE FROM {table} WHERE slot = ?"), params![slot])?;
-    }
-    Ok(())
-}
-
-/// All machines, those in `destroyed` (to be torn down) too.
-pub fn machines(db: &Connection) -> Result<Vec<MachineRow>, MachineError> {
-    let mut rows: Vec<MachineRow> = db
-        .prepare("SELECT slot, name, uid, gid, created_ms, state, uid_slot FROM machine ORDER BY slot")?
-        .query_map([], |row| {
-            Ok(MachineRow {
-                slot: row.get(0)?,
-                name: row.get(1)?,
-                uid: row.get(2)?,
-                gid: row.get(3)?,
-                created_ms: row.get(4)?,
-                state: row.get(5)?,
-                uid_slot: row.get(6)?,
-                config: Vec::new(),
-            })
-        })?
-        .collect::<Result<_, _>>()?;
-    let mut configs = db.prepare("SELECT key, value FROM config WHERE slot = ?")?;
-    for row in &mut rows {
-        row.config =
-            configs.query_map(params![row.slot], |row| Ok((row.get(0)?, row.get(1)?)))?.collect::<Result<_, _>>()?;
-    }
-    Ok(rows)
-}
-
-/// Inserts or replaces a job.
-pub fn put_job(db: &Connection, slot: u32, row: &JobRow) -> Result<(), MachineError> {
-    db.prepare_cached(
-        "INSERT OR REPLACE INTO job (slot, number, uid, created_ms, started_ms, ended_ms, end, cpu_micros, max_rss_kib, \
-         command) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-    )?
-    .execute(params![
-        slot,
-        row.number as i64,
-        row.uid,
-        row.created_ms,
-        row.started_ms,
-        row.ended_ms,
-        row.end,
-        row.cpu_micros,
-        row.max_rss_kib,
-        row.command
-    ])?;
-    Ok(())
-}
-
-/// Forgets a job.
-pub fn delete_job(db: &Connection, slot: u32, number: u64) -> Result<(), MachineError> {
-    db.prepare_cached("DELETE FROM job WHERE slot = ? AND number = ?")?.execute(params![slot, number as i64])?;
-    Ok(())
-}
-
-/// The jobs of a machine, in the order of their numbers.
-pub fn jobs(db: &Connection, slot: u32) -> Result<Vec<JobRow>, MachineError> {
-    let rows = db
-        .prepare_cached(
-            "SELECT number, uid, created_ms, started_ms, ended_ms, end, cpu_micros, max_rss_kib, command FROM job \
-             WHERE slot = ? ORDER BY number",
-        )?
-        .query_map(params![slot], |row| {
-            Ok(JobRow {
-                number: row.get::<_, i64>(0)? as u64,
-                uid: row.get(1)?,
-                created_ms: row.get(2)?,
-                started_ms: row.get(3)?,
-                ended_ms: row.get(4)?,
-                end: row.get(5)?,
-                cpu_micros: row.get(6)?,
-                max_rss_kib: row.get(7)?,
-                command: row.get(8)?,
-            })
-        })?
-        .collect::<Result<_, _>>()?;
-    Ok(rows)
-}
-
-/// Appends a line to a log; the service's own log is slot 0.
-pub fn append_log(db: &Connection, slot: u32, kind: LogKind, line: &str) -> Result<(), MachineError> {
-    db.prepare_cached("INSERT INTO log (slot, kind, line) VALUES (?, ?, ?)")?
-        .execute(params![slot, kind as u8, line])?;
-    Ok(())
-}
-
-/// The last lines of a log, oldest first; older ones are dropped from the database.
-pub fn load_log(db: &Connection, slot: u32, kind: LogKind, most: u32) -> Result<Vec<String>, MachineError> {
-    let oldest: Option<i64> = db
-        .prepare_cached("SELECT seq FROM log WHERE slot = ? AND kind = ? ORDER BY seq DESC LIMIT 1 OFFSET ?")?
-        .query_row(params![slot, kind as u8, most], |row| row.get(0))
-        .optional()?;
-    if let Some(seq) = oldest {
-        db.execute("DELETE FROM log WHERE slot = ? AND kind = ? AND seq <= ?", params![slot, kind as u8, seq])?;
-    }
-    let lines = db
-        .prepare_cached("SELECT line FROM log WHERE slot = ? AND kind = ? ORDER BY seq")?
-        .query_map(params![slot, kind as u8], |row| row.get(0))?
-        .collect::<Result<_, _>>()?;
-    Ok(lines)
-}
-
-/// A counter that goes on over restarts: its value, 0 at first.
-pub fn counter(db: &Connection, name: &str) -> Result<i64, MachineError> {
-    let value = db.query_row("SELECT value FROM counter WHERE name = ?", params![name], |row| row.get(0)).optional()?;
-    Ok(value.unwrap_or(0))
-}
-
-/// Writes a counter.
-pub fn set_counter(db: &Connection, name: &str, value: i64) -> Result<(), MachineError> {
-    db.prepare_cached("INSERT OR REPLACE INTO counter (name, value) VALUES (?, ?)")?.execute(params![name, value])?;
-    Ok(())
+fn in_savepoint(
+    db: &Connection,
+    work: impl FnOnce(&Connection) -> Result<(), MachineError>,
+) -> Result<(), MachineError> {
+    db.execute_batch("SAVEPOINT one")?;
+    let result = work(db);
+    let end = if result.is_ok() { "RELEASE one" } else { "ROLLBACK TO one; RELEASE one" };
+    // A full disk may have rolled the whole transaction back already; what the work said is the better reason.
+    let ended = db.execute_batch(end);
+    result.and(ended.map_err(MachineError::from))
 }
 
 #[cfg(test)]
@@ -404,7 +332,7 @@ mod tests {
         store.write(move |db| delete_machine(db, first));
         let second = store.query(|db| insert_machine(db, &row("b"))).unwrap();
         assert!(second > first);
-        store.write(move |db| append_log(db, second, LogKind::Event, "one"));
+        store.log(second, LogKind::Event, "one");
         drop(store);
         thread.join().unwrap();
 
@@ -441,5 +369,78 @@ mod tests {
         Connection::open(&path).unwrap().pragma_update(None, "user_version", 99).unwrap();
         let error = Store::open(&path).err().unwrap();
         assert!(error.to_string().contains("--state-dir"), "{error}");
+    }
+
+    #[test]
+    fn logs_and_values_do_not_make_the_database_grow() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("state.db");
+        let (store, thread) = Store::open(&path).unwrap();
+        for round in 0..20_000 {
+            store.log(1, LogKind::Event, &format!("{round} {}", "x".repeat(1000)));
+            store.set_config(1, "workdir", &"y".repeat(4000));
+            if round % 50 == 0 {
+                // So that lines are written and do not only take each other's place in memory.
+                store.query(|_| Ok(())).unwrap();
+            }
+        }
+        let lines = store.query(|db| load_log(db, 1, LogKind::Event, 1000)).unwrap();
+        assert_eq!(lines.len(), 1000);
+        assert!(lines.last().unwrap().starts_with("19999 "));
+        drop(store);
+        thread.join().unwrap();
+        let size: u64 =
+            std::fs::read_dir(dir.path()).unwrap().map(|file| file.unwrap().metadata().unwrap().len()).sum();
+        assert!(size < 8 << 20, "{size} bytes");
+    }
+
+    #[test]
+    fn a_barrier_comes_after_what_was_changed_before_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("state.db");
+        let (store, _thread) = Store::open(&path).unwrap();
+        let slot = store.query(|db| insert_machine(db, &row("a"))).unwrap();
+        for round in 0..200 {
+            let text = format!("/{round}");
+            store.set_config(slot, "workdir", &text);
+            let (send, receive) = mpsc::channel();
+            store.settled(move |result| send.send(result).unwrap());
+            receive.recv().unwrap().unwrap();
+            // Read by a connection of its own: what is committed.
+            let seen: String = Connection::open(&path)
+                .unwrap()
+                .query_row("SELECT value FROM config WHERE key = 'workdir'", [], |row| row.get(0))
+                .unwrap();
+            assert_eq!(seen, text);
+        }
+    }
+
+    #[test]
+    fn changes_that_cannot_be_written_are_told_and_tried_again() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("state.db");
+        let (store, _thread) = Store::open(&path).unwrap();
+        let pages: i64 = store.query(|db| Ok(db.pragma_query_value(None, "page_count", |row| row.get(0))?)).unwrap();
+        let limit = move |pages: i64| {
+            move |db: &Connection| Ok(db.pragma_update_and_check(None, "max_page_count", pages, |_| Ok(()))?)
+        };
+        store.query(limit(pages)).unwrap();
+        store.log(1, LogKind::Event, &"x".repeat(4000));
+        for round in 0..50 {
+            store.set_config(round, "workdir", &"y".repeat(4000));
+        }
+        let (send, receive) = mpsc::channel();
+        store.settled(move |result| send.send(result).unwrap());
+        let error = receive.recv().unwrap().unwrap_err();
+        assert_eq!(error.errno(), crate::errno::Errno::ENOSPC);
+        assert!(store.fault().is_some());
+        store.query(limit(1 << 20)).unwrap();
+        let (send, receive) = mpsc::channel();
+        store.settled(move |result| send.send(result).unwrap());
+        receive.recv().unwrap().unwrap();
+        let count: i64 =
+            store.query(|db| Ok(db.query_row("SELECT count(*) FROM config", [], |row| row.get(0))?)).unwrap();
+        let lines = store.query(|db| load_log(db, 1, LogKind::Event, 10)).unwrap();
+        assert_eq!((count, lines.len(), store.fault()), (50, 1, None));
     }
 }

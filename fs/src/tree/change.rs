@@ -74,29 +74,38 @@ pub fn unlink(map: &Map, caller: Caller, parent: &Place, name: &[u8]) -> Result<
 }
 
 /// rmdir(2): of a machine it destroys the machine, of a job it kills and forgets the job; in a ghost and of a ghost it
-/// succeeds.
-///
-/// # Errors
-/// EPERM for every other directory, and for a protected machine; ENOENT, ENOTDIR.
-pub fn rmdir(map: &Map, caller: Caller, parent: &Place, name: &[u8]) -> Result<(), Errno> {
+/// succeeds. Fails with EPERM for every other directory, and for a protected machine; ENOENT, ENOTDIR.
+pub fn rmdir(map: &Map, caller: Caller, parent: &Place, name: &[u8], responder: Responder) {
+    match try_rmdir(map, caller, parent, name) {
+        // A job that was removed must not be back after a crash.
+        Ok(Some(machine)) => machine.settled(move |written| {
+            responder.respond(written.map(|()| Answer::Ok).map_err(|error| error.errno()));
+        }),
+        done => responder.respond(done.map(|_| Answer::Ok)),
+    }
+}
+
+/// Gives the machine whose job was removed.
+fn try_rmdir(map: &Map, caller: Caller, parent: &Place, name: &[u8]) -> Result<Option<Arc<Machine>>, Errno> {
     if let Place::Ghost(ghost, _) = parent {
         may_command(&ghost.machine, caller)?;
         ghost.removed(caller);
-        return Ok(());
+        return Ok(None);
     }
     match map.lookup(parent, name, caller)? {
         Place::Ghost(ghost, _) => {
             may_command(&ghost.machine, caller)?;
             map.ghosts.remove(&ghost);
-            Ok(())
+            Ok(None)
         }
-        Place::Machine(machine, Kind::Machine) => machine.destroy(caller).map_err(|error| {
+        Place::Machine(machine, Kind::Machine) => machine.destroy(caller).map(|()| None).map_err(|error| {
             machine.record_error("rmdir", error.errno(), &error.to_string(), "rmdir");
             error.errno()
         }),
         Place::Job(machine, job, Kind::Job) => {
             may_command(&machine, caller)?;
-            machine.jobs().remove(job.number()).map_err(|error| error.errno())
+            machine.jobs().remove(job.number()).map_err(|error| error.errno())?;
+            Ok(Some(machine))
         }
         place if place.kind().is_dir() => Err(Errno::EPERM),
         _ => Err(Errno::ENOTDIR),

@@ -16,6 +16,8 @@ pub enum Content {
     Text(Vec<u8>),
     /// A log, which ends where it ends now.
     Log(LogRef),
+    /// The text of a job.
+    Command(Arc<Job>),
     /// What a job prints; blocks while it runs.
     Output(Arc<Job>, Output),
     /// A job's exit code; blocks while it runs.
@@ -43,6 +45,7 @@ impl Content {
         match self {
             Content::Text(text) | Content::RootCtl(text) | Content::Ctl(_, text) => text.len() as u64,
             Content::Log(log) => log.log().len(),
+            Content::Command(job) => job.command_len(),
             Content::Output(job, which) => {
                 // Asked in this order: the length of a job that has ended is final.
                 let done = job.is_done();

@@ -2,14 +2,15 @@
 //! output of the texts written on this open file, job after job: the output to its end (a read of 0 bytes), then
 //! `exit CODE`, then the next.
 
-use super::ops::Caller;
+use super::ops::{Answer, Caller, Responder};
 use super::pending::Watched;
+use super::script::FiledScript;
 use super::stream::{OutputStream, Taken};
-use super::text::{Owner, Reason, Text, slice};
+use super::text::{Held, Owner, Reason, Text, slice};
 use crate::errno::Errno;
 use crate::machine::Machine;
 use crate::machine::error::MachineError;
-use crate::machine::job::Job;
+use crate::machine::job::{Job, Script};
 use crate::machine::output::Output;
 use parking_lot::Mutex;
 use std::collections::VecDeque;
@@ -17,6 +18,9 @@ use std::sync::Arc;
 
 /// Jobs of one open file whose output may wait to be read.
 const MAX_UNREAD: usize = 1000;
+
+/// Bytes of a script that is being written that are kept in memory.
+const TEXT_IN_MEMORY: usize = 64 * 1024;
 
 /// How much of a script is quoted in `errors`, in bytes.
 const QUOTED: usize = 200;
@@ -35,6 +39,37 @@ struct Writing {
     text: Text,
     /// The job whose text is pending.
     job: Option<Arc<Job>>,
+    /// What of the text is not in memory any more.
+    filed: Option<Arc<FiledScript>>,
+}
+
+impl Writing {
+    fn spill(&mut self) -> Option<Arc<FiledScript>> {
+        let job = self.job.as_ref()?;
+        let script = self.filed.get_or_insert_with(|| Arc::new(FiledScript::new(job.command_path())));
+        let (piece, held) = self.text.spill();
+        script.add(piece, held);
+        Some(script.clone())
+    }
+}
+
+/// What is still to be done about a write.
+struct TakenIn {
+    /// Its job has just got its number.
+    begins: bool,
+    /// Goes to the disk.
+    filed: Option<Arc<FiledScript>>,
+}
+
+/// A complete text.
+struct Complete {
+    job: Arc<Job>,
+    text: Vec<u8>,
+    filed: Option<Arc<FiledScript>>,
+}
+
+fn not_kept(error: &std::io::Error) -> MachineError {
+    MachineError::no_space(format!("the script cannot be kept on the host's disk: {error}"))
 }
 
 #[derive(Default)]
@@ -60,24 +95,51 @@ impl ExecFile {
         ExecFile {
             machine,
             private,
-            writing: Mutex::new(Writing { text, job: None }),
+            writing: Mutex::new(Writing { text, job: None, filed: None }),
             reason: Reason::default(),
             reading: Mutex::default(),
         }
     }
 
-    /// Adds to the text. The first bytes of a text begin its job.
+    /// Adds to the text. The first bytes of a text begin its job, and are answered when its number is written down; a
+    /// long text goes to the disk, and its bytes are answered when they are there.
     ///
-    /// # Errors
-    /// EACCES for others than the owner, EHOSTDOWN, EMFILE, E2BIG, ENOSPC; the reason can be read here and in
-    /// `errors`.
-    pub fn write(&self, caller: Caller, owner: Owner, data: &[u8]) -> Result<(), Errno> {
+    /// Fails with EACCES for others than the owner, EHOSTDOWN, EMFILE, E2BIG, ENOSPC; the reason can be read here and
+    /// in `errors`.
+    pub fn write(self: &Arc<Self>, caller: Caller, owner: Owner, data: &[u8], responder: Responder) {
+        let count = data.len() as u32;
+        let taken = match self.take_in(caller, owner, data) {
+            Ok(taken) => taken,
+            Err(errno) => return responder.respond(Err(errno)),
+        };
+        let me = self.clone();
+        let answer = move |result: Result<(), MachineError>| {
+            responder.respond(match result {
+                Ok(()) => Ok(Answer::Count(count)),
+                Err(error) => {
+                    let mut writing = me.writing.lock();
+                    Err(me.refuse(&mut writing, owner, error.errno(), &error.to_string(), &[]))
+                }
+            });
+        };
+        let machine = self.machine.clone();
+        let then = move |result: Result<(), MachineError>| match taken.filed {
+            Some(script) if result.is_ok() => {
+                machine.on_disk(move || answer(script.write_out().map_err(|error| not_kept(&error))));
+            }
+            _ => answer(result),
+        };
+        if taken.begins { self.machine.settled(then) } else { then(Ok(())) }
+    }
+
+    fn take_in(&self, caller: Caller, owner: Owner, data: &[u8]) -> Result<TakenIn, Errno> {
         let mut writing = self.writing.lock();
         writing.text.check()?;
         if data.is_empty() {
-            return Ok(());
+            return Ok(TakenIn { begins: false, filed: None });
         }
-        if writing.job.is_none() {
+        let begins = writing.job.is_none();
+        if begins {
             let begun = self.machine.check_owner(caller).and_then(|()| self.check_unread());
             match begun.and_then(|()| self.machine.jobs().begin(caller)) {
                 Ok(job) => writing.job = Some(job),
@@ -97,7 +159,8 @@ impl ExecFile {
             return Err(self.refuse(&mut writing, owner, errno, message, data));
         }
         self.reason.clear();
-        Ok(())
+        let filed = if writing.text.bytes().len() > TEXT_IN_MEMORY { writing.spill() } else { None };
+        Ok(TakenIn { begins, filed })
     }
 
     fn check_unread(&self) -> Result<(), MachineError> {
@@ -108,10 +171,11 @@ impl ExecFile {
     }
 
     fn refuse(&self, writing: &mut Writing, owner: Owner, errno: Errno, message: &str, data: &[u8]) -> Errno {
-        let start = if writing.text.bytes().is_empty() { data } else { writing.text.bytes() };
-        let command = String::from_utf8_lossy(slice(start, 0, QUOTED)).trim_end().to_string();
+        let filed = writing.filed.take().map(|filed| filed.described().0).unwrap_or_default();
+        let known = [filed.as_slice(), writing.text.bytes(), data].into_iter().find(|bytes| !bytes.is_empty());
+        let command = String::from_utf8_lossy(slice(known.unwrap_or_default(), 0, QUOTED)).trim_end().to_string();
         if let Some(job) = writing.job.take() {
-            self.machine.jobs().abandon(&job, message);
+            self.machine.jobs().abandon(&job, errno, message);
         }
         writing.text.refuse(owner, errno);
         self.reason.set(message);
@@ -119,28 +183,74 @@ impl ExecFile {
         errno
     }
 
-    /// A descriptor was closed.
-    pub fn flush(&self, owner: Owner) {
-        let mut writing = self.writing.lock();
-        if let Some(text) = writing.text.flush(owner) {
-            self.submit(&mut writing, text);
-        }
+    /// A descriptor was closed. A script that was complete with that is answered when it is written down.
+    pub fn flush(self: &Arc<Self>, owner: Owner, responder: Responder) {
+        let complete = {
+            let mut writing = self.writing.lock();
+            let text = writing.text.flush(owner);
+            text.and_then(|text| self.complete(&mut writing, text))
+        };
+        self.submit(complete, move |result| responder.respond(result.map(|()| Answer::Ok)));
     }
 
-    /// The text, if there is one, is complete.
-    pub fn finish(&self) {
-        let mut writing = self.writing.lock();
-        if let Some(text) = writing.text.end() {
-            self.submit(&mut writing, text);
-        }
+    /// The text, if there is one, is complete; answers as [`ExecFile::flush`].
+    pub fn finish(self: &Arc<Self>, responder: Responder) {
+        self.end_then(move |result| responder.respond(result.map(|()| Answer::Ok)));
     }
 
-    fn submit(&self, writing: &mut Writing, text: Vec<u8>) {
-        let Some(job) = writing.job.take() else { return };
+    /// The same, with nobody to answer to: what becomes of it shows in its job.
+    pub fn end(self: &Arc<Self>) {
+        self.end_then(|_| {});
+    }
+
+    fn end_then(self: &Arc<Self>, done: impl FnOnce(Result<(), Errno>) + Send + 'static) {
+        let complete = {
+            let mut writing = self.writing.lock();
+            let text = writing.text.end();
+            text.and_then(|text| self.complete(&mut writing, text))
+        };
+        self.submit(complete, done);
+    }
+
+    fn complete(&self, writing: &mut Writing, text: Vec<u8>) -> Option<Complete> {
+        let job = writing.job.take()?;
         if self.private {
             self.reading.lock().next.push_back(job.clone());
         }
-        self.machine.jobs().submit(&job, text);
+        let filed = writing.filed.take();
+        if let Some(filed) = &filed {
+            // The rest of it; no longer counted, and gone from memory in a moment.
+            filed.add(text, Held::default());
+            return Some(Complete { job, text: Vec::new(), filed: Some(filed.clone()) });
+        }
+        Some(Complete { job, text, filed })
+    }
+
+    fn submit(self: &Arc<Self>, complete: Option<Complete>, done: impl FnOnce(Result<(), Errno>) + Send + 'static) {
+        let Some(Complete { job, text, filed }) = complete else { return done(Ok(())) };
+        let me = self.clone();
+        let done = move |result: Result<(), MachineError>| {
+            done(result.map_err(|error| {
+                me.reason.set(&error.to_string());
+                me.machine.record_error("exec", error.errno(), &error.to_string(), "");
+                error.errno()
+            }));
+        };
+        let Some(script) = filed else {
+            return self.machine.jobs().submit(&job, Script::Text(text), done);
+        };
+        let machine = self.machine.clone();
+        self.machine.on_disk(move || {
+            let (start, len) = script.described();
+            match script.write_out() {
+                Ok(()) => machine.jobs().submit(&job, Script::File { start, len }, done),
+                Err(error) => {
+                    let error = not_kept(&error);
+                    machine.jobs().abandon(&job, error.errno(), &error.to_string());
+                    done(Err(error));
+                }
+            }
+        });
     }
 
     /// What comes before any output: why the last write failed.

@@ -23,7 +23,7 @@ pub fn parse_number(name: &[u8]) -> Option<u64> {
 pub fn content(job: &Arc<Job>, kind: Kind) -> Option<(Content, SystemTime)> {
     let output = |which| (Content::Output(job.clone(), which), job.modified());
     Some(match kind {
-        Kind::JobCmd => (Content::Text(job.command()), job.created()),
+        Kind::JobCmd => (Content::Command(job.clone()), job.created()),
         Kind::JobOut => output(Output::All),
         Kind::JobStdout => output(Output::Stdout),
         Kind::JobStderr => output(Output::Stderr),

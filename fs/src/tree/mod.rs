@@ -25,6 +25,7 @@ mod pending;
 mod place;
 mod readme;
 mod root;
+mod script;
 mod stream;
 mod sys;
 mod table;
@@ -232,6 +233,7 @@ impl Tree {
         };
         match op {
             Op::MkDir { name, .. } => change::mkdir(map, caller, &place, name, responder),
+            Op::RmDir { name, .. } => change::rmdir(map, caller, &place, name, responder),
             Op::Open { flags, .. } => self.open(caller, node, &place, flags, responder),
             op => responder.respond(self.answer(caller, node, &place, op)),
         }
@@ -255,7 +257,6 @@ impl Tree {
                 _ => Err(Errno::EINVAL),
             },
             Op::Unlink { name, .. } => change::unlink(map, caller, place, name).map(|()| Answer::Ok),
-            Op::RmDir { name, .. } => change::rmdir(map, caller, place, name).map(|()| Answer::Ok),
             Op::OpenDir { .. } if place.kind().is_dir() => Ok(Answer::Opened(ops::Opened::default())),
             Op::OpenDir { .. } => Err(Errno::ENOTDIR),
             Op::ReadDir { cookie, max, plus, cost, .. } => {
@@ -286,6 +287,7 @@ impl Tree {
             },
             Op::Open { .. }
             | Op::MkDir { .. }
+            | Op::RmDir { .. }
             | Op::Read { .. }
             | Op::Write { .. }
             | Op::Flush { .. }
@@ -334,7 +336,7 @@ impl Tree {
             }
             (Content::Ctl(machine, usage), true) => (Body::Ctl(CtlFile::new(Box::new(machine), usage)), false),
             // A stream: a reader that waits must not hold the file position, which a writer would wait for in D.
-            (Content::Exec(machine), true) => (Body::Exec(ExecFile::new(machine, reads, seat.text())), reads),
+            (Content::Exec(machine), true) => (Body::Exec(Arc::new(ExecFile::new(machine, reads, seat.text()))), reads),
             (Content::Value(machine, key), true) => (Body::Value(ValueFile::new(machine, key, seat.text())), false),
             (content, _) => open::reading(content).ok_or(Errno::EIO)?,
         };

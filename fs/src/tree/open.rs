@@ -11,7 +11,7 @@ use super::stream::{Once, Stream, Taken, exit_text};
 use super::text::{Owner, Text, slice};
 use super::value::ValueFile;
 use crate::errno::Errno;
-use crate::machine::job::Job;
+use crate::machine::job::{CommandReader, Job};
 use crate::machine::output::{Output, OutputReader};
 use dashmap::DashMap;
 use parking_lot::Mutex;
@@ -39,7 +39,9 @@ pub enum Body {
     /// A value.
     Value(ValueFile),
     /// Scripts.
-    Exec(ExecFile),
+    Exec(Arc<ExecFile>),
+    /// The text of a job.
+    Command(CommandReader),
     /// A listing of `files`: a handle of the guest's.
     GuestDir(Arc<GuestFiles>, u64),
 }
@@ -128,6 +130,7 @@ pub fn reading(content: Content) -> Option<(Body, bool)> {
         _ => (Body::Stream(Mutex::new(stream)), true),
     };
     Some(match content {
+        Content::Command(job) => (job.command().map_or_else(|_| Body::Text(Vec::new()), Body::Command), false),
         Content::Text(text) | Content::RootCtl(text) | Content::Ctl(_, text) => (Body::Text(text), false),
         Content::Log(log) => (Body::Log(log), false),
         // A job that has ended has a true size and bytes at any offset: lseek and splice work.
@@ -189,9 +192,10 @@ impl OpenFile {
             Body::Log(log) => Ok(log.log().read_at(offset, max)),
             Body::Finished(_, _, reader) => reader.lock().read_at(offset, max).map_err(|error| error.errno()),
             Body::Ctl(ctl) => Ok(ctl.read(offset, max)),
+            Body::Command(command) => command.read_at(offset, max).map_err(|error| error.errno()),
             // A read ends the text. Why it was refused, if it is, is what is read.
             Body::Value(value) => {
-                let _reported = value.finish();
+                value.end();
                 Ok(value.read(offset, max))
             }
             // Splice and sendfile come through the page cache, without an owner: they would keep and repeat what
@@ -199,7 +203,7 @@ impl OpenFile {
             Body::Stream(_) | Body::Exec(_) if owner.is_none() => Err(Errno::EINVAL),
             Body::Stream(_) => return self.wait_to_read(max, flags, responder),
             Body::Exec(exec) => {
-                exec.finish();
+                exec.end();
                 match exec.take_reason(max) {
                     Some(reason) => Ok(reason),
                     None => return self.wait_to_read(max, flags, responder),
@@ -223,7 +227,7 @@ impl OpenFile {
         let written = match &self.body {
             Body::Ctl(ctl) => return ctl.write(caller, owner, data, responder),
             Body::Value(value) => value.write(caller, owner, data),
-            Body::Exec(exec) => exec.write(caller, owner, data),
+            Body::Exec(exec) => return exec.write(caller, owner, data, responder),
             _ => Err(Errno::EBADF),
         };
         responder.respond(written.map(|()| Answer::Count(data.len() as u32)));
@@ -233,11 +237,8 @@ impl OpenFile {
     pub fn flush(&self, owner: u64, responder: Responder) {
         let flushed = match &self.body {
             Body::Ctl(ctl) => return ctl.flush(Some(owner), responder),
-            Body::Value(value) => value.flush(Some(owner)),
-            Body::Exec(exec) => {
-                exec.flush(Some(owner));
-                Ok(())
-            }
+            Body::Value(value) => return value.flush(Some(owner), responder),
+            Body::Exec(exec) => return exec.flush(Some(owner), responder),
             _ => Ok(()),
         };
         responder.respond(flushed.map(|()| Answer::Ok));
@@ -247,11 +248,8 @@ impl OpenFile {
     pub fn finish(&self, responder: Responder) {
         let finished = match &self.body {
             Body::Ctl(ctl) => return ctl.finish(responder),
-            Body::Value(value) => value.finish(),
-            Body::Exec(exec) => {
-                exec.finish();
-                Ok(())
-            }
+            Body::Value(value) => return value.finish(responder),
+            Body::Exec(exec) => return exec.finish(responder),
             _ => Ok(()),
         };
         responder.respond(finished.map(|()| Answer::Ok));
@@ -278,6 +276,7 @@ impl OpenFile {
         match &self.body {
             Body::Text(text) => text.len() as u64,
             Body::Log(log) => log.log().len(),
+            Body::Command(command) => command.size(),
             Body::Finished(job, which, _) => job.output_len(*which),
             _ => 0,
         }

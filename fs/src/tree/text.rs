@@ -16,8 +16,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 /// Largest text, in bytes.
 pub const MAX_TEXT: usize = 16 << 20;
 
-/// Bytes of texts not yet complete that one user may have pending.
-pub const MAX_PENDING: usize = 256 << 20;
+/// Bytes of texts not yet complete that one user may have in memory.
+pub const MAX_PENDING: usize = 32 << 20;
 
 /// A lock owner, or `None` where the kernel did not say: that one stands for everybody.
 pub type Owner = Option<u64>;
@@ -27,10 +27,22 @@ pub fn same(one: Owner, other: Owner) -> bool {
     one.is_none() || other.is_none() || one == other
 }
 
+/// Bytes that count as pending until this is dropped; none by default.
+#[derive(Default)]
+pub struct Held(Arc<AtomicUsize>, usize);
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        self.0.fetch_sub(self.1, Ordering::Relaxed);
+    }
+}
+
 /// The text of one open file.
 #[derive(Default)]
 pub struct Text {
     bytes: Vec<u8>,
+    /// Bytes before these, which were taken out to be kept elsewhere.
+    spilled: usize,
     pending: Option<Owner>,
     refused: Option<(Errno, Owner)>,
     budget: Arc<AtomicUsize>,
@@ -39,7 +51,7 @@ pub struct Text {
 impl Text {
     /// No text yet; `budget` counts the pending bytes of the user.
     pub fn new(budget: Arc<AtomicUsize>) -> Text {
-        Text { bytes: Vec::new(), pending: None, refused: None, budget }
+        Text { bytes: Vec::new(), spilled: 0, pending: None, refused: None, budget }
     }
 
     /// What every write fails with now.
@@ -50,7 +62,15 @@ impl Text {
         self.refused.map_or(Ok(()), |(errno, _)| Err(errno))
     }
 
-    /// The text so far.
+    /// Takes the bytes in memory out, to be kept elsewhere. They are pending until the second is dropped.
+    pub fn spill(&mut self) -> (Vec<u8>, Held) {
+        let bytes = std::mem::take(&mut self.bytes);
+        self.spilled += bytes.len();
+        let held = Held(self.budget.clone(), bytes.len());
+        (bytes, held)
+    }
+
+    /// The text so far, but for what was spilled.
     pub fn bytes(&self) -> &[u8] {
         &self.bytes
     }
@@ -61,7 +81,7 @@ impl Text {
     /// E2BIG over [`MAX_TEXT`], ENOSPC over [`MAX_PENDING`]. The caller is to refuse the text then.
     pub fn push(&mut self, owner: Owner, data: &[u8]) -> Result<(), Errno> {
         self.check()?;
-        if self.bytes.len() + data.len() > MAX_TEXT {
+        if self.spilled + self.bytes.len() + data.len() > MAX_TEXT {
             return Err(Errno::E2BIG);
         }
         if self.budget.fetch_add(data.len(), Ordering::Relaxed) + data.len() > MAX_PENDING {
@@ -80,7 +100,7 @@ impl Text {
         self.refused = Some((errno, writer));
     }
 
-    /// A descriptor was closed: gives the text if that ends it.
+    /// A descriptor was closed: gives the text if that ends it, but for what was spilled.
     pub fn flush(&mut self, owner: Owner) -> Option<Vec<u8>> {
         if self.refused.is_some_and(|(_, writer)| same(writer, owner)) {
             self.refused = None;
@@ -97,6 +117,7 @@ impl Text {
     fn take(&mut self) -> Option<Vec<u8>> {
         self.pending.take()?;
         let bytes = std::mem::take(&mut self.bytes);
+        self.spilled = 0;
         self.budget.fetch_sub(bytes.len(), Ordering::Relaxed);
         Some(bytes)
     }
@@ -254,6 +275,23 @@ mod tests {
         assert_eq!(text.push(SHELL, b"y"), Err(Errno::ENOSPC));
         drop(text);
         assert_eq!(budget.load(Ordering::Relaxed), MAX_PENDING - 1);
+    }
+
+    #[test]
+    fn what_is_spilled_counts_until_it_is_safe() {
+        let budget = Arc::new(AtomicUsize::new(0));
+        let mut text = Text::new(budget.clone());
+        text.push(SHELL, &[b'x'; 1000]).unwrap();
+        let (bytes, held) = text.spill();
+        assert_eq!((bytes.len(), budget.load(Ordering::Relaxed)), (1000, 1000));
+        drop(held);
+        assert_eq!(budget.load(Ordering::Relaxed), 0);
+        text.push(SHELL, b"y").unwrap();
+        let rest = vec![b'z'; MAX_TEXT - 1001];
+        text.push(SHELL, &rest).unwrap();
+        assert_eq!(text.push(SHELL, b"z"), Err(Errno::E2BIG), "what was spilled is part of it");
+        assert_eq!(text.end().map(|bytes| bytes.len()), Some(MAX_TEXT - 1000));
+        text.push(SHELL, b"the next begins at nothing").unwrap();
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! A file with one value, as in `config/`: checked at each write, set when its text is complete.
 
-use super::ops::Caller;
+use super::ops::{Answer, Caller, Responder};
 use super::text::{Owner, Reason, Text, is_full_buffer, slice};
 use crate::errno::Errno;
 use crate::machine::Machine;
@@ -52,22 +52,22 @@ impl ValueFile {
         Ok(())
     }
 
-    /// A descriptor was closed.
-    ///
-    /// # Errors
-    /// Those of setting the value, if that was its end.
-    pub fn flush(&self, owner: Owner) -> Result<(), Errno> {
+    /// A descriptor was closed. A value that was complete with that is answered when it is written down.
+    pub fn flush(&self, owner: Owner, responder: Responder) {
         let complete = self.text.lock().flush(owner);
-        self.set(complete)
+        self.set(complete, responder);
     }
 
-    /// The value, if one was written, is complete.
-    ///
-    /// # Errors
-    /// Those of setting it.
-    pub fn finish(&self) -> Result<(), Errno> {
+    /// The value, if one was written, is complete; answers as [`ValueFile::flush`].
+    pub fn finish(&self, responder: Responder) {
         let complete = self.text.lock().end();
-        self.set(complete)
+        self.set(complete, responder);
+    }
+
+    /// The same, with nobody to answer to: why it was refused can be read.
+    pub fn end(&self) {
+        let complete = self.text.lock().end();
+        let _reported = complete.map(|bytes| self.try_set(&bytes));
     }
 
     /// Bytes at an offset: why the last write failed, else the value as it was at open.
@@ -75,10 +75,20 @@ impl ValueFile {
         self.reason.read(offset, max).unwrap_or_else(|| slice(&self.snapshot, offset, max).to_vec())
     }
 
-    fn set(&self, complete: Option<Vec<u8>>) -> Result<(), Errno> {
-        let Some(bytes) = complete else { return Ok(()) };
-        value(&bytes).and_then(|value| self.machine.config_set(self.key.name, value)).map_err(|error| {
-            self.report(error.errno(), &error.to_string(), &bytes);
+    fn set(&self, complete: Option<Vec<u8>>, responder: Responder) {
+        let Some(bytes) = complete else { return responder.respond(Ok(Answer::Ok)) };
+        if let Err(errno) = self.try_set(&bytes) {
+            return responder.respond(Err(errno));
+        }
+        // Who changes values in a loop waits for the disk here, and nobody else does.
+        self.machine.settled(move |written| {
+            responder.respond(written.map(|()| Answer::Ok).map_err(|error| error.errno()));
+        });
+    }
+
+    fn try_set(&self, bytes: &[u8]) -> Result<(), Errno> {
+        value(bytes).and_then(|value| self.machine.config_set(self.key.name, value)).map_err(|error| {
+            self.report(error.errno(), &error.to_string(), bytes);
             error.errno()
         })
     }

@@ -72,6 +72,8 @@ pub struct JobLog {
     opener: Opener,
     /// The file has a header, which is kept true from then on.
     saved: bool,
+    /// Something could not be stored.
+    storage_failed: bool,
 }
 
 impl std::fmt::Debug for JobLog {
@@ -95,6 +97,7 @@ impl JobLog {
             store: Store::Memory(Vec::new()),
             opener,
             saved: false,
+            storage_failed: false,
         }
     }
 
@@ -111,6 +114,11 @@ impl JobLog {
     /// Bytes printed that are not in the log any more, or never were.
     pub fn lost(&self) -> Totals {
         self.tail.output.minus(self.head.output).plus(self.head_gaps).plus(self.tail_gaps)
+    }
+
+    /// Whether something is lost because it could not be stored (the disk was full), and not for the limit.
+    pub fn storage_failed(&self) -> bool {
+        self.storage_failed
     }
 
     /// The most bytes it keeps.
@@ -188,7 +196,7 @@ impl JobLog {
         let after = self.end.after(record);
         let lost = record.gap.map(|gap| gap.lost).unwrap_or_default();
         if !self.head_full {
-            if after.stored <= self.head_capacity() && self.store_record(header, body).is_ok() {
+            if after.stored <= self.head_capacity() && self.has_stored(header, body) {
                 self.head_gaps = self.head_gaps.plus(lost);
                 (self.head, self.tail, self.end) = (after, after, after);
                 return;
@@ -196,7 +204,7 @@ impl JobLog {
             self.head_full = true;
         }
         let fits = record.size() <= self.tail_capacity() && self.make_room(record.size()).is_ok();
-        if fits && self.store_record(header, body).is_ok() {
+        if fits && self.has_stored(header, body) {
             self.tail_gaps = self.tail_gaps.plus(lost);
         } else {
             (self.tail, self.tail_gaps) = (after, Totals::default());
@@ -255,6 +263,12 @@ impl JobLog {
             out = rest;
         }
         Ok(())
+    }
+
+    fn has_stored(&mut self, header: &[u8], body: &[u8]) -> bool {
+        let stored = self.store_record(header, body).is_ok();
+        self.storage_failed |= !stored;
+        stored
     }
 
     /// Writes a record at the end.

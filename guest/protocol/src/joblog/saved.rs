@@ -27,7 +27,7 @@ impl JobLog {
         out.extend_from_slice(MAGIC);
         let mut word = |value: u64| out.extend_from_slice(&value.to_le_bytes());
         word(self.limit);
-        word(u64::from(self.head_full));
+        word(u64::from(self.head_full) | u64::from(self.storage_failed) << 1);
         for mark in [self.head, self.tail, self.end] {
             word(mark.stored);
             word(mark.offset);
@@ -62,14 +62,17 @@ impl JobLog {
             return Err(LogError::Malformed("no header"));
         }
         let mut word = || words.next().unwrap_or_default();
-        let (limit, head_full) = (word(), word() != 0);
+        let (limit, flags) = (word(), word());
+        let (head_full, storage_failed) = (flags & 1 != 0, flags & 2 != 0);
         let mut mark = || Mark { stored: word(), offset: word(), output: Totals { stdout: word(), stderr: word() } };
         let (head, tail, end) = (mark(), mark(), mark());
         let mut totals = || Totals { stdout: word(), stderr: word() };
         let (head_gaps, tail_gaps) = (totals(), totals());
         let opener: Opener = Box::new(|| Err(io::Error::from(io::ErrorKind::Unsupported)));
         let store = Store::File(file);
-        let log = JobLog { limit, head, head_full, tail, end, head_gaps, tail_gaps, store, opener, saved: true };
+        let saved = true;
+        let log =
+            JobLog { limit, head, head_full, tail, end, head_gaps, tail_gaps, store, opener, saved, storage_failed };
         log.check()?;
         Ok(log)
     }
