@@ -479,7 +479,10 @@ impl Machine {
         let link = self.link();
         let there = || link.as_ref().is_some_and(|link| link.is_responsive());
         if self.state() != State::Running {
-            return self.told_of(self.silence.set(false));
+            if self.silence.set(false).is_some() {
+                self.shared.fault(&self.silence_subject(), None);
+            }
+            return;
         }
         let is_turn = (second + u64::from(self.slot)).is_multiple_of(silence::ASK_EVERY);
         if let Some(link) = link.as_ref().filter(|_| is_turn) {
@@ -488,6 +491,11 @@ impl Machine {
             link.request(&Request::Ping, &[], options, Box::new(|_| {}));
         }
         self.told_of(self.silence.look(there()));
+    }
+
+    /// Of the line in `.sys/health`.
+    fn silence_subject(&self) -> String {
+        format!("{} agent", self.id)
     }
 
     fn told_of(&self, change: Option<bool>) {

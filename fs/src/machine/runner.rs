@@ -393,6 +393,7 @@ async fn tear_down(machine: &Arc<Machine>) {
         pause = (pause * 2).min(Duration::from_secs(60));
     }
     machine.shared.fault(&machine.id, None);
+    machine.shared.fault(&machine.silence_subject(), None);
     machine.shared.forget(machine);
     machine.say("gone", &[]);
     let slot = machine.slot;

@@ -123,14 +123,14 @@ impl OpenTable {
 }
 
 /// What opening a file for reading makes of its content, and whether it is a stream. `None`: it is not for this
-/// function, since it takes writes or an agent's answer.
+/// function, since it takes writes or an agent's answer, or its file cannot be opened.
 pub fn reading(content: Content) -> Option<(Body, bool)> {
     let now_or = |now: Taken, stream: Stream| match now {
         Some(Ok(text)) => (Body::Text(text), false),
         _ => (Body::Stream(Mutex::new(stream)), true),
     };
     Some(match content {
-        Content::Command(job) => (job.command().map_or_else(|_| Body::Text(Vec::new()), Body::Command), false),
+        Content::Command(job) => (Body::Command(job.command().ok()?), false),
         Content::Text(text) | Content::RootCtl(text) | Content::Ctl(_, text) => (Body::Text(text), false),
         Content::Log(log) => (Body::Log(log), false),
         // A job that has ended has a true size and bytes at any offset: lseek and splice work.
