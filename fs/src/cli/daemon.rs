@@ -34,6 +34,7 @@ pub fn mount(mountpoint: &Path, args: DaemonArgs) -> Result<ExitCode, String> {
         .init();
     let _lock = claim(&settings.state_dir)?;
     raise_descriptor_limit();
+    give_large_blocks_back();
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(CONTROL_THREADS)
         .enable_all()
@@ -104,6 +105,16 @@ pub fn container_backend(settings: &Settings, mountpoint: Option<&Path>) -> Resu
         ..ContainerOptions::new(settings.agent.clone(), settings.state_dir.clone())
     })
     .map_err(|error| error.to_string())
+}
+
+/// Has the allocator map blocks of megabytes (a script on its way to an agent) apart, and unmap them when they are
+/// freed. By itself it would learn from the first one freed to keep such blocks, in each thread's own heap.
+fn give_large_blocks_back() {
+    #[cfg(target_env = "gnu")]
+    // SAFETY: mallopt(3) takes numbers only; the threads that allocate are started after this.
+    if unsafe { libc::mallopt(libc::M_MMAP_THRESHOLD, 2 << 20) } == 0 {
+        tracing::debug!("the allocator does not take its threshold");
+    }
 }
 
 /// Makes the state directory ours alone: two daemons on one would tear down each other's machines.

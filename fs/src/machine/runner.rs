@@ -454,7 +454,7 @@ async fn take_over(machine: &Arc<Machine>, known: mpsc::Sender<()>) -> Option<Ac
         if let Some(link) = &link {
             machine.jobs.connected(machine, link).await;
         } else if was != State::Booting {
-            let why = "the agent did not answer after the daemon's restart; it is sought again";
+            let why = "the agent did not answer after the restart of the daemon; it is sought again";
             machine.record_error("adopt", crate::errno::Errno::EHOSTUNREACH, why, "");
         }
         // One that was booting and has no agent yet boots anew.
