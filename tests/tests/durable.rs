@@ -175,7 +175,7 @@ fn a_full_disk() {
     d.crash();
     assert_eq!((m.read("jobs/1/exit"), m.read("jobs/2/exit")), ("3\n".to_string(), "4\n".to_string()));
     drop(m);
-    drop(d);
+    d.end(libc::SIGTERM);
     drop(disk);
 }
 

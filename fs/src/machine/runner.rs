@@ -191,7 +191,11 @@ async fn connect(machine: &Arc<Machine>, run: u64) -> Result<Arc<Link>, MachineE
                 let options = LinkOptions::new(session_id(machine, run), machine.id.clone(), news);
                 let link = tokio::task::spawn_blocking(move || Link::connect(stream, options)).await;
                 match link.map_err(|_| MachineError::internal("the handshake panicked"))? {
-                    Ok(link) => return take_into_use(machine, link).await,
+                    Ok(link) => match take_into_use(machine, link).await {
+                        Ok(link) => return Ok(link),
+                        // An agent that was stopped takes its streams one after the other, each in place of the last.
+                        Err(error) => error,
+                    },
                     // Trying again does not make a wrong version right.
                     Err(error @ LinkError::Version { .. }) => return Err(unreachable(&error)),
                     Err(error) => unreachable(&error),
