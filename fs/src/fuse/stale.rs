@@ -57,7 +57,8 @@ pub fn resolve(path: &Path) -> Result<PathBuf, MountError> {
     Err(MountError::Target { path, error: io::Errno::LOOP.into() })
 }
 
-/// Whether the file system there says ENOTCONN. A child asks: if nobody answers (a stopped daemon), it is the child
+/// Whether the file system there says that its daemon is gone: ENOTCONN, or ECONNABORTED when the last descriptor of
+/// its connection was closed while the question was under way. A child asks: if nobody answers (a stopped daemon), it is the child
 /// that waits, and it can be killed.
 pub(super) fn is_dead(path: &Path) -> Result<bool, MountError> {
     let path = CString::new(path.as_os_str().as_bytes())
@@ -71,7 +72,8 @@ pub(super) fn is_dead(path: &Path) -> Result<bool, MountError> {
             let flags = libc::AT_STATX_FORCE_SYNC | libc::AT_SYMLINK_NOFOLLOW;
             let result =
                 libc::statx(libc::AT_FDCWD, path.as_ptr(), flags, libc::STATX_BASIC_STATS, buffer.as_mut_ptr());
-            libc::_exit(if result < 0 && *libc::__errno_location() == libc::ENOTCONN { 1 } else { 0 });
+            let gone = result < 0 && matches!(*libc::__errno_location(), libc::ENOTCONN | libc::ECONNABORTED);
+            libc::_exit(gone.into());
         }
     }
     let Some(pid) = Pid::from_raw(child).filter(|_| child > 0) else {
