@@ -45,11 +45,7 @@ async fn serve(mountpoint: &Path, settings: &Settings) -> Result<(), String> {
     // The first machine shall not wait for the look at this host's files.
     let ahead = backend.clone();
     tokio::task::spawn_blocking(move || ahead.prepare());
-    let options = Options {
-        state_dir: settings.state_dir.clone(),
-        max_machines: settings.max_machines,
-        backend,
-    };
+    let options = Options { state_dir: settings.state_dir.clone(), max_machines: settings.max_machines, backend };
     let registry = Registry::open(options).await.map_err(|error| error.to_string())?;
     let tree = Tree::new(registry.clone()).map_err(|error| format!("cannot start the tree: {error}"))?;
     let mounted = fuse::mount(fuse::MountOptions { no_exec: settings.noexec, ..fuse::MountOptions::new(&mountpoint) })
