@@ -3,11 +3,12 @@
 
 pub mod container;
 pub mod images;
+pub mod volumes;
 
 use async_trait::async_trait;
 use serde::{Deserialize, Serialize};
 use std::os::fd::OwnedFd;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 use thiserror::Error;
 
@@ -29,8 +30,128 @@ pub struct MachineSpec {
     pub pids: Option<u64>,
     /// Host name in the guest.
     pub hostname: String,
-    /// Which range of user numbers is the machine's: a small number, unique among the machines that exist.
+    /// Which range of user numbers is the machine's: a small number, unique among the machines that exist. Its network
+    /// address and the name of its interface come from it too.
     pub uid_slot: u32,
+    /// What of the network it reaches.
+    #[serde(default)]
+    pub network: Network,
+    /// What its own disk may hold, in bytes. `None`: no limit. Taken from its first start on; it may grow later.
+    #[serde(default)]
+    pub disk: Option<u64>,
+    /// Whose it is on the host: mounts are made with this user's rights.
+    #[serde(default)]
+    pub owner: Owner,
+    /// What is mounted in it at every start.
+    #[serde(default)]
+    pub mounts: Vec<MountSpec>,
+}
+
+/// What of the network a machine reaches.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Network {
+    /// Its own loopback.
+    #[default]
+    None,
+    /// The internet and name servers, and neither the host, nor its neighbours, nor other machines. Nothing reaches it.
+    Outgoing,
+}
+
+/// The user of the host that a machine belongs to, and who in the machine acts as that user on what is mounted there.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Owner {
+    /// User number on the host.
+    pub uid: u32,
+    /// Main group on the host.
+    pub gid: u32,
+    /// User in the machine (its default user).
+    pub guest_uid: u32,
+    /// That user's group in the machine.
+    pub guest_gid: u32,
+}
+
+/// A directory shown in a machine.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MountSpec {
+    /// Of what.
+    pub source: MountSource,
+    /// Where in the machine: absolute. Symbolic links in it are followed within the machine; what is missing is made.
+    pub target: PathBuf,
+    /// How.
+    pub mode: MountMode,
+}
+
+/// What a [`MountSpec`] shows.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum MountSource {
+    /// A directory of the host: absolute and without symbolic links, see
+    /// [`canonical_source`](container::canonical_source). What is mounted below it is not shown.
+    Host(PathBuf),
+    /// A volume, by name: see [`Volumes`](volumes::Volumes).
+    Volume(String),
+}
+
+/// What a machine may do with what is mounted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum MountMode {
+    /// Read.
+    Ro,
+    /// Read and write.
+    Rw,
+    /// Read, and write for itself: what it changes stays in the machine.
+    Cow,
+}
+
+/// What a backend can do with a machine, here and now.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Capabilities {
+    /// [`Backend::pause`] and [`Backend::resume`].
+    pub pause: bool,
+    /// [`MachineSpec::mounts`], [`Backend::attach_mount`] and [`Backend::detach_mount`].
+    pub mounts: bool,
+    /// [`Backend::changes`].
+    pub changes: bool,
+    /// [`Network::Outgoing`].
+    pub outgoing: bool,
+    /// [`MachineSpec::disk`] is kept to.
+    pub disk_limit: bool,
+}
+
+/// One difference between a machine's disk and its image.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Change {
+    /// What was done.
+    pub kind: ChangeKind,
+    /// Where: absolute in the machine, any bytes.
+    pub path: Vec<u8>,
+    /// Of a directory that was moved: where it was in the image. The lines that follow below `path` say how its content
+    /// differs from what was there.
+    pub moved_from: Option<Vec<u8>>,
+}
+
+/// See [`Change`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum ChangeKind {
+    /// The image has nothing of that name.
+    Added,
+    /// The image has something of that name: its content or its attributes are others.
+    Modified,
+    /// The image has it, with all that is below.
+    Deleted,
+}
+
+impl ChangeKind {
+    /// `A`, `M` or `D`.
+    pub fn letter(self) -> char {
+        match self {
+            Self::Added => 'A',
+            Self::Modified => 'M',
+            Self::Deleted => 'D',
+        }
+    }
 }
 
 /// A finding that does not stop a machine from booting but is to be told to the user (a limit that cannot be set).
@@ -182,8 +303,8 @@ pub trait Backend: Send + Sync {
     /// Removes everything of it, running or not, also what a crash left half made.
     async fn destroy(&self, spec: &MachineSpec) -> Result<(), BackendError>;
 
-    /// Whether this machine, which runs, can be paused here. Quick: it is asked in the midst of a write.
-    fn can_pause(&self, spec: &MachineSpec) -> bool;
+    /// What can be done with this machine here. Quick: it is asked in the midst of a write.
+    fn capabilities(&self, spec: &MachineSpec) -> Capabilities;
 
     /// Freezes it.
     async fn pause(&self, spec: &MachineSpec) -> Result<(), BackendError>;
@@ -199,6 +320,30 @@ pub trait Backend: Send + Sync {
 
     /// The last output of the machine's console as far as the host has it (boot messages, the runtime's words).
     async fn console(&self, spec: &MachineSpec) -> Result<Vec<u8>, BackendError>;
+
+    /// Mounts in a machine that runs; it stays until the machine's end. The caller adds it to [`MachineSpec::mounts`] for
+    /// the next start. What the user should know is in the answer.
+    ///
+    /// # Errors
+    /// [`BackendError::Io`] with EACCES: the owner may not; ELOOP: a symbolic link in the source; EEXIST: something is
+    /// mounted there by an earlier call; EINVAL: a target or source that cannot be.
+    async fn attach_mount(&self, spec: &MachineSpec, mount: &MountSpec) -> Result<Vec<Warning>, BackendError>;
+
+    /// Undoes [`Backend::attach_mount`], and what [`MachineSpec::mounts`] had mounted there. Success when nothing is.
+    /// What was changed in a [`MountMode::Cow`] is kept until [`Backend::destroy`].
+    ///
+    /// # Errors
+    /// [`BackendError::Io`] with EBUSY while a process in the machine uses it.
+    async fn detach_mount(&self, spec: &MachineSpec, target: &Path) -> Result<(), BackendError>;
+
+    /// How the machine's disk differs from its image, running or not: sorted by path, a directory before what is in it.
+    /// The image is not walked. `sink` is called on a thread that may block. The answer: directories that could not be
+    /// looked into (an ordinary user's daemon and other users' files), which are told as modified.
+    async fn changes(
+        &self,
+        spec: &MachineSpec,
+        sink: Box<dyn FnMut(Change) -> bool + Send>,
+    ) -> Result<u64, BackendError>;
 
     /// How long [`Backend::start`] may take at most unless the user says otherwise.
     fn boot_timeout(&self) -> Duration;

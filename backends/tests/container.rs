@@ -283,7 +283,7 @@ async fn victim() {
 async fn killed_in_any_step() {
     need!(root);
     let rig = Rig::new();
-    support::kill_victims(&rig, 60).await;
+    support::kill_victims(&rig, 60, |_| ()).await;
     rig.finish().await;
 }
 

@@ -2,9 +2,12 @@
 
 #![allow(clippy::unwrap_used, clippy::panic)]
 
+#[path = "support/outside.rs"]
+mod outside;
 mod support;
 
-use machinefs_backends::{Adopted, Backend};
+use machinefs_backends::{Adopted, Backend, MachineSpec, MountMode, MountSource, MountSpec, Network};
+use outside::Outside;
 use std::fs;
 use std::io::Write;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
@@ -72,7 +75,13 @@ fn as_an_ordinary_user() {
     for path in [dir.path(), &test, &standin] {
         chown(path, Some(uid), Some(gid)).unwrap();
     }
-    let status = Command::new("setpriv")
+    // In a network of its own, so that nothing of this host's is touched.
+    let world = Outside::missing().is_none().then(Outside::new);
+    let mut command = world.as_ref().map_or_else(|| Command::new("setpriv"), |world| world.on_host("setpriv"));
+    if let Some(world) = &world {
+        command.env("MFS_TEST_NEIGHBOUR", world.neighbour());
+    }
+    let status = command
         .args([&format!("--reuid={uid}"), &format!("--regid={gid}"), "--init-groups"])
         .arg(&test)
         .args(["--ignored", "--test-threads=1", "--nocapture"])
@@ -184,6 +193,94 @@ async fn machine_of_a_user() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+#[ignore = "run by as_an_ordinary_user"]
+async fn mounts_and_changes_of_a_user() {
+    if rustix::process::geteuid().is_root() {
+        return;
+    }
+    let rig = Rig::new();
+    let source = rig.dir.path().canonicalize().unwrap().join("source");
+    fs::create_dir(&source).unwrap();
+    fs::write(source.join("file"), "host").unwrap();
+    let mount =
+        |target: &str, mode| MountSpec { source: MountSource::Host(source.clone()), target: target.into(), mode };
+    let spec = MachineSpec { mounts: vec![mount("/mnt/rw", MountMode::Rw)], disk: Some(64 << 20), ..rig.spec("host") };
+    let running = rig.boot(&spec).await;
+    println!("{:?} {:?}", running.warnings, running.facts);
+    assert!(running.warnings.iter().any(|w| w.0.contains("disk=67108864 does not hold")));
+    assert!(running.facts.iter().any(|(key, _)| key == "file_handles"), "what cannot be watched is said");
+    assert_eq!(rig.ok(&spec, "cat /mnt/rw/file; echo guest > /mnt/rw/new; stat -c %u /mnt/rw/file").await, "host0\n");
+    assert_eq!(fs::metadata(source.join("new")).unwrap().uid(), rustix::process::geteuid().as_raw());
+    fs::write(source.join("late"), "late").unwrap();
+    assert_eq!(rig.ok(&spec, "cat /mnt/rw/late").await, "late");
+    rig.backend.attach_mount(&spec, &mount("/mnt/ro", MountMode::Ro)).await.unwrap();
+    assert!(rig.run(&spec, "touch /mnt/ro/x").await.0.contains("Read-only"));
+    rig.backend.attach_mount(&spec, &mount("/mnt/cow", MountMode::Cow)).await.unwrap();
+    rig.ok(&spec, "rm /mnt/cow/file; echo mine > /mnt/cow/new; cat /mnt/cow/late").await;
+    assert!(source.join("file").exists() && fs::read_to_string(source.join("new")).unwrap() == "guest\n");
+    let private = MountSpec { source: MountSource::Host("/root".into()), ..mount("/mnt/root", MountMode::Ro) };
+    assert!(rig.backend.attach_mount(&spec, &private).await.is_err());
+    for target in ["/mnt/rw", "/mnt/ro", "/mnt/cow"] {
+        rig.backend.detach_mount(&spec, Path::new(target)).await.unwrap();
+    }
+    assert_eq!(rig.ok(&spec, "ls -A /mnt/rw /mnt/ro /mnt/cow | grep -v : | tr -d '\\n'").await, "");
+    rig.ok(&spec, "echo > /usr/local/added; rm /usr/bin/perl; mkdir /srv/d").await;
+    let found = std::sync::Arc::new(std::sync::Mutex::new(Vec::new()));
+    let all = std::sync::Arc::clone(&found);
+    let sink = Box::new(move |change: machinefs_backends::Change| {
+        all.lock().unwrap().push(format!("{} {}", change.kind.letter(), String::from_utf8_lossy(&change.path)));
+        true
+    });
+    rig.backend.changes(&spec, sink).await.unwrap();
+    let found = found.lock().unwrap().clone();
+    let named: Vec<_> = found.iter().filter(|l| ["/srv", "/usr"].iter().any(|p| l[2..].starts_with(p))).collect();
+    assert_eq!(named, ["A /srv/d", "D /usr/bin/perl", "A /usr/local/added"]);
+    rig.finish().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "run by as_an_ordinary_user"]
+async fn network_of_a_user() {
+    if rustix::process::geteuid().is_root() {
+        return;
+    }
+    if std::env::var_os("MFS_TEST_NEIGHBOUR").is_none() {
+        println!("skipped: there is no outside world of network namespaces");
+        return;
+    }
+    let rig = Rig::new();
+    let spec = MachineSpec { network: Network::Outgoing, ..rig.spec("host") };
+    if !rig.backend.capabilities(&spec).outgoing {
+        println!("skipped: neither pasta nor slirp4netns is installed");
+        return;
+    }
+    let running = rig.boot(&spec).await;
+    println!("{:?} {:?}", running.warnings, running.facts);
+    assert!(running.warnings.iter().any(|w| w.0.contains("not filtered")), "what does not hold is said");
+    let hear = |address: &str| {
+        let text =
+            format!("import socket; print(socket.create_connection(('{address}', 80), 3).recv(99).decode(), end='')");
+        format!("python3 -c \"{text}\"")
+    };
+    assert_eq!(rig.ok(&spec, &hear(outside::INTERNET)).await, format!("net to {}\n", outside::HOST[0]));
+    for closed in ["127.0.0.1", outside::HOST[0], outside::GATEWAY] {
+        println!("{closed}: {:?}", rig.run(&spec, &format!("{} 2>&1 | tail -1", hear(closed))).await);
+    }
+    assert_ne!(rig.run(&spec, &hear("127.0.0.1")).await.1, 0, "the host's loopback is closed");
+    rig.backend.kill(&spec).await.unwrap();
+    let helper = |name: &str| {
+        fs::read_dir("/proc").unwrap().flatten().any(|p| {
+            let line = fs::read(p.path().join("cmdline")).unwrap_or_default();
+            String::from_utf8_lossy(&line).contains(name)
+        })
+    };
+    assert!(!helper(&format!("{}/network.pid", spec.dir.display())), "what served the machine has ended");
+    rig.backend.start(&spec).await.unwrap();
+    rig.ok(&spec, &hear(outside::INTERNET)).await;
+    rig.finish().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 #[ignore = "the daemon that dies in killed_in_any_step_of_a_user"]
 async fn victim() {
     support::victim().await;
@@ -196,6 +293,6 @@ async fn killed_in_any_step_of_a_user() {
         return;
     }
     let rig = Rig::new();
-    support::kill_victims(&rig, 30).await;
+    support::kill_victims(&rig, 30, |_| ()).await;
     rig.finish().await;
 }

@@ -1,7 +1,7 @@
 //! A machine's disk: for each tree of its image a directory for what it changes (`upper/NAME`), overlay's own
 //! directory beside it (`work/NAME`), and `root.json`, which says what is below.
 
-use super::remove;
+use super::{etc, remove};
 use crate::images::{HOST, Root, Store, Tree};
 use crate::{BackendError, MachineSpec};
 use std::collections::BTreeSet;
@@ -33,8 +33,13 @@ pub(super) fn recorded(dir: &Path) -> io::Result<Option<Root>> {
 }
 
 /// What the machine's root is made of at this start, with all directories of its disk there. `base`: the first number
-/// of its users; `None`: all it has is the daemon's user's.
-pub(super) fn prepare(spec: &MachineSpec, images: &Store, base: Option<u32>) -> Result<Root, BackendError> {
+/// of its users; `None`: all it has is the daemon's user's. `disk`: where what it writes is.
+pub(super) fn prepare(
+    spec: &MachineSpec,
+    disk: &Path,
+    images: &Store,
+    base: Option<u32>,
+) -> Result<Root, BackendError> {
     let dir = &spec.dir;
     let failed = |what: &'static str| {
         move |source| BackendError::Io { what: format!("{what} the disk of the machine in {}", dir.display()), source }
@@ -59,9 +64,10 @@ pub(super) fn prepare(spec: &MachineSpec, images: &Store, base: Option<u32>) -> 
     }
     for tree in &root.trees {
         let before = old.as_ref().and_then(|o| o.trees.iter().find(|t| t.name == tree.name));
-        make(spec, tree, base).map_err(failed("making"))?;
+        make(spec, disk, tree, base).map_err(failed("making"))?;
         if let Some(before) = before.filter(|b| b.lower != tree.lower) {
-            let (upper, index) = (dir.join("upper").join(&tree.name), dir.join("work").join(&tree.name).join("index"));
+            let (upper, index) =
+                (disk.join("upper").join(&tree.name), disk.join("work").join(&tree.name).join("index"));
             rebase(&upper, &index, &before.lower, &tree.lower).map_err(failed("changing"))?;
         }
     }
@@ -70,15 +76,15 @@ pub(super) fn prepare(spec: &MachineSpec, images: &Store, base: Option<u32>) -> 
     Ok(root)
 }
 
-fn make(spec: &MachineSpec, tree: &Tree, base: Option<u32>) -> io::Result<()> {
-    let (upper, work) = (spec.dir.join("upper").join(&tree.name), spec.dir.join("work").join(&tree.name));
+fn make(spec: &MachineSpec, disk: &Path, tree: &Tree, base: Option<u32>) -> io::Result<()> {
+    let (upper, work) = (disk.join("upper").join(&tree.name), disk.join("work").join(&tree.name));
     fs::create_dir_all(&work)?;
     if upper.is_dir() {
         return Ok(());
     }
     // Filled aside and renamed: an upper directory that is there is complete.
-    let part = spec.dir.join("upper.part");
-    fs::create_dir_all(spec.dir.join("upper"))?;
+    let part = disk.join("upper.part");
+    fs::create_dir_all(disk.join("upper"))?;
     fs::create_dir_all(&part)?;
     remove::remove_contents(&part)?;
     let own = |path: &Path, uid: u32, gid: u32, mode: u32| {
@@ -95,8 +101,7 @@ fn make(spec: &MachineSpec, tree: &Tree, base: Option<u32>) -> io::Result<()> {
             fs::create_dir(&dir)?;
             own(&dir, etc.uid(), etc.gid(), etc.mode() & 0o7777)?;
             let name = &spec.hostname;
-            let hosts = format!("127.0.0.1\tlocalhost\n127.0.1.1\t{name}\n::1\tlocalhost ip6-localhost ip6-loopback\n");
-            for (file, content) in [("hostname", format!("{name}\n")), ("hosts", hosts)] {
+            for (file, content) in [("hostname", etc::hostname(name)), ("hosts", etc::hosts(name))] {
                 fs::write(dir.join(file), content)?;
                 own(&dir.join(file), 0, 0, 0o644)?;
             }

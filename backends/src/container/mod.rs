@@ -13,10 +13,18 @@
 
 mod bpf;
 mod cgroup;
+mod changes;
 mod check;
+mod child;
 mod console;
 mod disk;
+mod etc;
+mod mountinfo;
+mod mounts;
+mod net;
 mod process;
+mod programs;
+mod quota;
 mod remove;
 mod run;
 mod seccomp;
@@ -26,7 +34,10 @@ mod stage;
 mod userns;
 
 use crate::images::Store;
-use crate::{Adopted, AgentStream, Backend, BackendError, Finding, MachineSpec, Running, Usage};
+use crate::{
+    Adopted, AgentStream, Backend, BackendError, Capabilities, Change, Finding, MachineSpec, MountSpec, Running, Usage,
+    Warning,
+};
 use async_trait::async_trait;
 use run::{SOCKET, hold, io_error};
 use sha2::{Digest, Sha256};
@@ -38,6 +49,9 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
+
+pub use mounts::canonical_source;
+pub(crate) use remove::remove_contents;
 
 /// How a [`ContainerBackend`] works.
 #[derive(Clone, Debug)]
@@ -52,6 +66,8 @@ pub struct ContainerOptions {
     /// Where the runtime's own state is and where roots are mounted, each in a mount namespace of its own. Everybody
     /// must be able to enter it, and all directories above. A tmpfs is best.
     pub run_dir: PathBuf,
+    /// The host's resolv.conf(5): the name servers that machines with a network ask.
+    pub resolv_conf: PathBuf,
     /// Our own file system, detached from every mount namespace made here even before it shows in the mount table.
     pub mountpoint: Option<PathBuf>,
 }
@@ -61,7 +77,8 @@ impl ContainerOptions {
     pub fn new(agent: PathBuf, state_dir: PathBuf) -> Self {
         let root = rustix::process::geteuid().is_root();
         let run_dir = if root { PathBuf::from("/run/machinefs") } else { state_dir.join("run") };
-        Self { runtime: "crun".into(), agent, state_dir, run_dir, mountpoint: None }
+        let resolv_conf = PathBuf::from("/etc/resolv.conf");
+        Self { runtime: "crun".into(), agent, state_dir, run_dir, resolv_conf, mountpoint: None }
     }
 }
 
@@ -78,6 +95,7 @@ struct Inner {
     instance: String,
     images: Store,
     cgroups: cgroup::Cgroups,
+    networks: net::Networks,
     /// An ordinary user's numbers; `None` for root.
     maps: Option<userns::Maps>,
     /// The seccomp profile as a program, in base64.
@@ -99,6 +117,7 @@ impl ContainerBackend {
         let digest = Sha256::digest(state_dir.as_os_str().as_encoded_bytes());
         let instance: String = digest.iter().take(4).map(|byte| format!("{byte:02x}")).collect();
         let inner = Inner {
+            networks: net::Networks::new(&state_dir, &instance, options.resolv_conf.clone()),
             instance,
             images,
             cgroups: cgroup::Cgroups::detect().map_err(io_error("looking for control groups"))?,
@@ -212,7 +231,7 @@ impl Inner {
             gate.step(&mut stage).map_err(failed())?;
             stage.enter(&spec.dir).map_err(failed())?;
             let mut command = Command::new("rm");
-            command.args(["-rf", "--one-file-system", "--", "upper", "upper.part", "work"]);
+            command.args(["-rf", "--one-file-system", "--", "upper", "upper.part", "work", "mounts"]);
             self.carry_out(command, stage, Some(gate)).map_err(|(e, _)| failed()(e))?;
         }
         remove::remove_contents(&spec.dir).map_err(failed())
@@ -238,7 +257,7 @@ impl Backend for ContainerBackend {
         self.hurry_groups();
         self.on_thread(spec, |inner, spec| {
             let _lock = held(spec)?;
-            disk::prepare(spec, &inner.images, inner.base(spec)?).map(drop)
+            inner.prepare(spec).map(drop)
         })
         .await
     }
@@ -270,8 +289,18 @@ impl Backend for ContainerBackend {
         self.on_thread(spec, Inner::destroy).await
     }
 
-    fn can_pause(&self, spec: &MachineSpec) -> bool {
-        self.inner.cgroups.freezer(&self.inner.name(spec)).is_some()
+    fn capabilities(&self, spec: &MachineSpec) -> Capabilities {
+        let inner = &self.inner;
+        Capabilities {
+            pause: inner.cgroups.freezer(&inner.name(spec)).is_some(),
+            mounts: true,
+            changes: true,
+            outgoing: match inner.maps {
+                None => net::missing().is_none(),
+                Some(_) => net::user::Program::find().is_some(),
+            },
+            disk_limit: inner.maps.is_none() && quota::missing().is_none(),
+        }
     }
 
     async fn pause(&self, spec: &MachineSpec) -> Result<(), BackendError> {
@@ -286,7 +315,12 @@ impl Backend for ContainerBackend {
         self.on_thread(spec, |inner, spec| {
             let _lock = hold(&spec.dir)?;
             if let Some(running) = inner.find(spec)? {
-                return Ok(Adopted::Running(running));
+                match inner.adopt_network(spec, &running) {
+                    Ok(()) => return Ok(Adopted::Running(running)),
+                    // It was about to end: the daemon before us had killed it.
+                    Err(_) if run::ends_soon(&running) => {}
+                    Err(e) => return Err(e),
+                }
             }
             inner.clean(spec)?;
             Ok(Adopted::Stopped)
@@ -313,6 +347,47 @@ impl Backend for ContainerBackend {
         .await
     }
 
+    async fn attach_mount(&self, spec: &MachineSpec, mount: &MountSpec) -> Result<Vec<Warning>, BackendError> {
+        let mount = mount.clone();
+        self.on_thread(spec, move |inner, spec| {
+            let _lock = held(spec)?;
+            let running = inner.find(spec)?.ok_or_else(|| not_running(spec))?;
+            inner.attach(spec, &running, inner.base(spec)?, &mount)
+        })
+        .await
+    }
+
+    async fn detach_mount(&self, spec: &MachineSpec, target: &Path) -> Result<(), BackendError> {
+        let target = target.to_owned();
+        self.on_thread(spec, move |inner, spec| {
+            let _lock = held(spec)?;
+            match inner.find(spec)? {
+                Some(running) => inner.detach(spec, &running, &target),
+                None => Ok(()),
+            }
+        })
+        .await
+    }
+
+    async fn changes(
+        &self,
+        spec: &MachineSpec,
+        mut sink: Box<dyn FnMut(Change) -> bool + Send>,
+    ) -> Result<u64, BackendError> {
+        self.on_thread(spec, move |inner, spec| {
+            let failed = || io_error(format!("looking at what changed in the machine {}", spec.id));
+            // Not held: a long look must not stop anything else.
+            let Some(root) = disk::recorded(&spec.dir).map_err(failed())? else { return Ok(0) };
+            let (disk, base) = (inner.disk_dir(spec), inner.base(spec)?);
+            let work = || {
+                let walk = changes::Walk { spec, root: &root, disk: &disk, base, closed: std::cell::Cell::new(0) };
+                walk.run(&mut *sink).map(|()| walk.closed.get())
+            };
+            inner.with_disk(spec, work).flatten().map_err(failed())
+        })
+        .await
+    }
+
     fn boot_timeout(&self) -> Duration {
         Duration::from_secs(30)
     }
@@ -330,6 +405,10 @@ impl ContainerBackend {
         })
         .await
     }
+}
+
+fn not_running(spec: &MachineSpec) -> BackendError {
+    io_error(format!("the machine {} does not run", spec.id))(io::Error::from_raw_os_error(libc::EHOSTDOWN))
 }
 
 /// Holds a machine whose directory has to be there.

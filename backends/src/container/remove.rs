@@ -12,7 +12,7 @@ const DIR: OFlags = OFlags::DIRECTORY.union(OFlags::RDONLY).union(OFlags::NOFOLL
 ///
 /// Neither the stack nor the number of descriptors grows with the depth: a subdirectory that is not empty is first
 /// moved up into `dir`, under a name of ours. Symbolic links are never followed.
-pub(super) fn remove_contents(dir: &Path) -> io::Result<()> {
+pub(crate) fn remove_contents(dir: &Path) -> io::Result<()> {
     let top = match rustix::fs::open(dir, DIR, Mode::empty()) {
         Ok(top) => top,
         Err(rustix::io::Errno::NOENT) => return Ok(()),

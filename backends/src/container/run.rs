@@ -3,9 +3,9 @@
 use super::process::{self, Identity};
 use super::spec::{Config, Input, Limits};
 use super::stage::{Notes, Stage};
-use super::{Inner, cgroup, console, disk, socket, userns};
+use super::{Inner, cgroup, console, disk, etc, mountinfo, mounts, net, quota, socket, userns};
 use crate::images::Root;
-use crate::{BackendError, MachineSpec, Running, Warning};
+use crate::{BackendError, MachineSpec, Network, Running, Warning};
 use serde::{Deserialize, Serialize};
 use std::fs::{self, File};
 use std::io;
@@ -91,6 +91,11 @@ fn remove_file(path: &Path) -> io::Result<()> {
     }
 }
 
+/// Does its init end within a moment?
+pub(super) fn ends_soon(running: &Running) -> bool {
+    matches!(process::wait_end(running.pidfd.as_fd(), Duration::from_secs(2)), Ok(true))
+}
+
 impl Inner {
     /// The machine's name for the runtime and in the control groups: two daemons must not meet.
     pub(super) fn name(&self, spec: &MachineSpec) -> String {
@@ -115,8 +120,9 @@ impl Inner {
         // The host may change while the machine comes up, but not all the time.
         for _ in 0..3 {
             let base = self.base(spec)?;
-            let root = disk::prepare(spec, &self.images, base)?;
-            let running = self.launch(spec, &root, base, lock)?;
+            let (root, warnings) = self.prepare(spec)?;
+            let launch = || self.launch(spec, &root, base, lock, warnings);
+            let running = self.with_disk(spec, launch).map_err(io_error(format!("the disk of {}", spec.id)))??;
             if self.images.holds(spec, &root)? {
                 return Ok(running);
             }
@@ -139,7 +145,35 @@ impl Inner {
         })
     }
 
-    fn launch(&self, spec: &MachineSpec, root: &Root, base: Option<u32>, lock: &File) -> Result<Running, BackendError> {
+    /// Makes the machine's disk what it is to be at this start; the machine does not run. What does not hold is told.
+    pub(super) fn prepare(&self, spec: &MachineSpec) -> Result<(Root, Vec<Warning>), BackendError> {
+        let base = self.base(spec)?;
+        let failed = || io_error(format!("making the disk of the machine {}", spec.id));
+        let warning = quota::prepare(spec, self.maps.is_some()).map_err(failed())?;
+        let server = match self.maps {
+            None => Some(net::NAME_SERVER),
+            Some(_) => net::user::Program::find().map(net::user::Program::name_server),
+        };
+        let disk = self.disk_dir(spec);
+        let work = || {
+            let root = disk::prepare(spec, &disk, &self.images, base)?;
+            if let Some(tree) = root.trees.iter().find(|t| t.at.is_empty()) {
+                etc::resolv_conf(spec, &disk.join("upper").join(&tree.name), server, base).map_err(failed())?;
+            }
+            Ok(root)
+        };
+        let root = self.with_disk(spec, work).map_err(failed())??;
+        Ok((root, warning.into_iter().collect()))
+    }
+
+    fn launch(
+        &self,
+        spec: &MachineSpec,
+        root: &Root,
+        base: Option<u32>,
+        lock: &File,
+        warnings: Vec<Warning>,
+    ) -> Result<Running, BackendError> {
         let failed = |what: &str| io_error(format!("{what} for the machine {}", spec.id));
         let name = self.name(spec);
         let bundle = spec.dir.join(BUNDLE);
@@ -188,7 +222,15 @@ impl Inner {
             let text = format!("{} {}", notes.join("; "), new.get(start..).unwrap_or_default());
             BackendError::Program { program: self.runtime_name(), message: text.trim().to_owned() }
         };
-        let (status, notes) = match self.carry_out(command, stage, gate) {
+        // The host's side of the network takes a program of its own: meanwhile.
+        let is_routed = spec.network == Network::Outgoing && self.maps.is_none();
+        let (done, ready) = std::thread::scope(|scope| {
+            let ready = is_routed.then(|| scope.spawn(|| self.networks.prepare()));
+            let done = self.carry_out(command, stage, gate);
+            let ready = ready.map(|r| r.join().unwrap_or_else(|_| Err(io::Error::other("a thread ended"))));
+            (done, ready)
+        });
+        let (status, notes) = match done {
             Ok(done) => done,
             Err((error, notes)) if notes.is_empty() => return Err(failed("starting the runtime")(error)),
             Err((error, notes)) => return Err(failed(&notes.join("; "))(error)),
@@ -199,19 +241,84 @@ impl Inner {
             return Err(error);
         }
         drop(socket);
-        let running = self.identify(spec, base, limits, root, &notes)?;
-        running.ok_or_else(|| said(&notes))
+        let made = self.identify(spec, base, limits, root, warnings).and_then(|found| {
+            let Some((mut running, init)) = found else { return Err(said(&notes)) };
+            self.furnish(spec, base, &mut running, ready)?;
+            let warnings = running.warnings.iter().map(|w| w.0.clone()).collect();
+            let record = Record { init, warnings, facts: running.facts.clone() };
+            let text = serde_json::to_vec(&record).map_err(|e| failed("recording it")(e.into()))?;
+            // No process outlives a crash of the host.
+            disk::write_whole(&spec.dir.join(RUN), &text, false).map_err(failed("recording it"))?;
+            Ok(running)
+        });
+        if made.is_err() {
+            self.clean(spec)?;
+        }
+        made
     }
 
-    /// Finds the init of a machine just started, and records it.
+    /// Gives a machine just started its network and its mounts, before anybody uses it.
+    fn furnish(
+        &self,
+        spec: &MachineSpec,
+        base: Option<u32>,
+        running: &mut Running,
+        ready: Option<io::Result<net::Ready>>,
+    ) -> Result<(), BackendError> {
+        let failed = || io_error(format!("the network of the machine {}", spec.id));
+        let mut fact = |value: String| running.facts.push(("network".into(), value));
+        match (spec.network, ready) {
+            (Network::None, _) => fact("none".into()),
+            (Network::Outgoing, Some(ready)) => {
+                if let Some(program) = net::missing() {
+                    return Err(BackendError::Missing {
+                        what: format!("network=outgoing needs {program}"),
+                        remedy: "apt-get install nftables".into(),
+                    });
+                }
+                let ready = ready.map_err(failed())?;
+                let netns = net::namespace_of(running.pid).map_err(failed())?;
+                let users = (base.unwrap_or(0), userns::RANGE);
+                let (netns, pidfd) = (netns.as_fd(), running.pidfd.as_fd());
+                let address = self.networks.connect(&ready, spec.uid_slot, netns, users, pidfd).map_err(failed())?;
+                fact("outgoing (IPv4)".into());
+                running.facts.push(("address".into(), address.to_string()));
+            }
+            (Network::Outgoing, None) => {
+                let program = net::user::Program::find().ok_or_else(|| BackendError::Missing {
+                    what: "network=outgoing needs pasta or slirp4netns, and /dev/net/tun open to all".into(),
+                    remedy: "apt-get install passt; as root: chmod 0666 /dev/net/tun".into(),
+                })?;
+                program.start(&spec.dir, running.pid).map_err(failed())?;
+                fact(format!("outgoing (IPv4) by {}", program.name()));
+                running.warnings.push(Warning(program.warning().into()));
+            }
+        }
+        let warnings = self.attach_all(spec, running, base)?;
+        running.warnings.extend(warnings);
+        Ok(())
+    }
+
+    /// Goes on with what a daemon before us did for a machine that runs.
+    pub(super) fn adopt_network(&self, spec: &MachineSpec, running: &Running) -> Result<(), BackendError> {
+        let is_routed = self.maps.is_none() && running.facts.iter().any(|(key, _)| key == "address");
+        if !is_routed {
+            return Ok(());
+        }
+        let failed = || io_error(format!("the network of the machine {}", spec.id));
+        let netns = net::namespace_of(running.pid).map_err(failed())?;
+        self.networks.adopt(netns.as_fd(), running.pidfd.as_fd()).map_err(failed())
+    }
+
+    /// Finds the init of a machine just started.
     fn identify(
         &self,
         spec: &MachineSpec,
         base: Option<u32>,
         limits: Limits,
         root: &Root,
-        notes: &[String],
-    ) -> Result<Option<Running>, BackendError> {
+        mut warnings: Vec<Warning>,
+    ) -> Result<Option<(Running, Identity)>, BackendError> {
         let failed = || io_error(format!("looking for the init of the machine {}", spec.id));
         let text = fs::read_to_string(spec.dir.join(PID)).map_err(failed())?;
         let pid = text.trim().parse().unwrap_or(0);
@@ -220,15 +327,10 @@ impl Inner {
         if !is_machine(pid, base).map_err(failed())? {
             return Ok(None);
         }
-        let mut warnings = match base {
+        warnings.extend(match base {
             Some(_) => self.cgroups.warnings(spec),
             None => no_limits(spec),
-        };
-        if Notes::lacks_export(notes) {
-            let text = "the disk is not mounted with index and nfs_export: the file systems below cannot; changes in it \
-                        cannot be watched from the host, and inode numbers may change";
-            warnings.push(Warning(text.into()));
-        }
+        });
         let set = [("cpu", limits.cpu), ("memory", limits.memory), ("pids", limits.pids)];
         let set: Vec<_> = set.iter().filter(|(_, can)| *can).map(|(name, _)| *name).collect();
         let isolation = "user, pid, mount, net, ipc, uts and cgroup namespaces, seccomp";
@@ -239,11 +341,17 @@ impl Inner {
             ("limits".to_owned(), if set.is_empty() { "none".to_owned() } else { set.join(" ") }),
         ];
         facts.extend(base.map(|b| ("uid_range".to_owned(), format!("{b}+{}", userns::RANGE))));
-        let record = Record { init, warnings: warnings.iter().map(|w| w.0.clone()).collect(), facts };
-        let text = serde_json::to_vec(&record).map_err(|e| failed()(e.into()))?;
-        // No process outlives a crash of the host.
-        disk::write_whole(&spec.dir.join(RUN), &text, false).map_err(failed())?;
-        Ok(Some(Running { pid, pidfd, warnings, facts: record.facts }))
+        if quota::has_disk(spec) {
+            facts.extend(spec.disk.map(|size| ("disk_limit".to_owned(), size.to_string())));
+        }
+        // The kernel may leave the options out without a word, as it does in a user namespace.
+        let mounts = fs::read_to_string(format!("/proc/{pid}/mounts")).map_err(failed())?;
+        if mountinfo::lacks_export(&mounts) {
+            let text = "no: its overlays are mounted without index and nfs_export, so changes in it cannot be watched \
+                        from the host, and inode numbers may change";
+            facts.push(("file_handles".to_owned(), text.to_owned()));
+        }
+        Ok(Some((Running { pid, pidfd, warnings, facts }, init)))
     }
 
     /// Ends the run, if there is one, and removes what belonged to it. The caller holds the machine.
@@ -259,6 +367,10 @@ impl Inner {
             }
         }
         self.cgroups.kill(&name).map_err(failed())?;
+        match self.maps {
+            None => self.networks.disconnect(spec.uid_slot).map_err(failed())?,
+            Some(_) => net::user::stop(&spec.dir).map_err(failed())?,
+        }
         let left = self.unrecorded(spec).map_err(failed())?;
         let state = self.runtime_state().join(&name);
         // crun has nothing but that directory besides what is ended and removed here; and starting it is more than half
@@ -283,7 +395,7 @@ impl Inner {
             _ => {}
         }
         self.cgroups.remove(&name).map_err(failed())?;
-        for file in [RUN, PID, SOCKET] {
+        for file in [RUN, PID, SOCKET, mounts::RECORD] {
             remove_file(&spec.dir.join(file)).map_err(failed())?;
         }
         Ok(())
@@ -362,7 +474,8 @@ impl Inner {
                 self.lower(stage, &spec.dir, path, &at, userns)?;
                 lower.push(at);
             }
-            let (upper, work) = (format!("upper/{}", tree.name), format!("work/{}", tree.name));
+            let disk = if quota::has_disk(spec) { "disk/" } else { "" };
+            let (upper, work) = (format!("{disk}upper/{}", tree.name), format!("{disk}work/{}", tree.name));
             let below = (!tree.at.is_empty()).then_some(tree.at.as_str());
             stage.overlay(&lower, &upper, &work, &rootfs, below, self.maps.is_some())?;
         }
@@ -395,51 +508,21 @@ impl Inner {
 
     /// Every mount of machinefs that is this user's: a mount namespace that kept one would keep the file system's
     /// connection alive after its unmount. The way to another user's may lead through file systems that never answer.
-    fn fuse_mounts(&self) -> io::Result<Vec<PathBuf>> {
+    pub(super) fn fuse_mounts(&self) -> io::Result<Vec<PathBuf>> {
+        self.fuse_mounts_by(Some(rustix::process::geteuid().as_raw()))
+    }
+
+    /// The same of all users: for comparing names only.
+    pub(super) fn fuse_mounts_of_all(&self) -> io::Result<Vec<PathBuf>> {
+        self.fuse_mounts_by(None)
+    }
+
+    fn fuse_mounts_by(&self, user: Option<u32>) -> io::Result<Vec<PathBuf>> {
         let text = fs::read("/proc/self/mountinfo")?;
-        let mut all: Vec<PathBuf> = fuse_mounts_in(&text, rustix::process::geteuid().as_raw());
+        let mut all: Vec<PathBuf> = mountinfo::fuse_mounts_in(&text, user);
         all.extend(self.options.mountpoint.clone().filter(|m| !all.contains(m)));
         Ok(all)
     }
-}
-
-/// Where file systems of the type fuse.machinefs that `user` mounted are, by a mountinfo (proc_pid_mountinfo(5)). Who
-/// mounted one is the kernel's word (mount.fuse(8), `user_id`).
-fn fuse_mounts_in(mountinfo: &[u8], user: u32) -> Vec<PathBuf> {
-    use std::os::unix::ffi::OsStringExt;
-    let owner = format!("user_id={user}");
-    let mut found = Vec::new();
-    for line in mountinfo.split(|b| *b == b'\n') {
-        let fields: Vec<&[u8]> = line.split(|b| *b == b' ').collect();
-        let rest = fields.iter().position(|f| *f == b"-").and_then(|i| fields.get(i + 1..)).unwrap_or_default();
-        if let [b"fuse.machinefs", _, options] = rest
-            && options.split(|b| *b == b',').any(|option| option == owner.as_bytes())
-            && let Some(at) = fields.get(4)
-        {
-            found.push(PathBuf::from(std::ffi::OsString::from_vec(unescape(at))));
-        }
-    }
-    found
-}
-
-/// Undoes the octal escapes of mountinfo (`\040` for a space).
-fn unescape(field: &[u8]) -> Vec<u8> {
-    let mut out = Vec::with_capacity(field.len());
-    let mut rest = field;
-    while let Some((&byte, tail)) = rest.split_first() {
-        let code = tail.get(..3).and_then(|d| std::str::from_utf8(d).ok());
-        match code.and_then(|d| u8::from_str_radix(d, 8).ok()) {
-            Some(value) if byte == b'\\' => {
-                out.push(value);
-                rest = tail.get(3..).unwrap_or_default();
-            }
-            _ => {
-                out.push(byte);
-                rest = tail;
-            }
-        }
-    }
-    out
 }
 
 /// Is this the init of a machine: number 1 of a pid namespace below ours, with the right user numbers?
@@ -497,18 +580,5 @@ impl Gate {
             rustix::io::write(&go, if written.is_ok() { b"x" } else { b"-" })?;
             written
         })
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn mounts_of_machinefs_are_found_whatever_their_name() {
-        let text = b"25 1 0:23 / /a\\040b rw shared:1 - fuse.machinefs machinefs rw,user_id=7,group_id=7\n\
-            26 1 0:24 / /c rw - ext4 /dev/x rw\n27 1 0:25 / /d rw - fuse.machinefs x rw,user_id=77,allow_other\n";
-        assert_eq!(fuse_mounts_in(text, 7), [PathBuf::from("/a b")]);
-        assert_eq!(fuse_mounts_in(text, 77), [PathBuf::from("/d")]);
     }
 }

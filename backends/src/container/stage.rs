@@ -160,7 +160,7 @@ impl Stage {
         unsafe {
             command.pre_exec(move || {
                 for (step, label) in &steps {
-                    if let Err(error) = step.run(notes) {
+                    if let Err(error) = step.run() {
                         note(notes, label);
                         return Err(error);
                     }
@@ -174,9 +174,6 @@ impl Stage {
 /// What a stage said: a line for each thing that went otherwise than wanted.
 #[derive(Debug)]
 pub(super) struct Notes(OwnedFd);
-
-/// What is said when an overlay had to do without `index=on,nfs_export=on`.
-const NO_EXPORT: &CStr = c"overlay without index and nfs_export";
 
 impl Notes {
     /// The end to read, and the end for [`Stage::apply`].
@@ -192,11 +189,6 @@ impl Notes {
         let length = rustix::io::read(&self.0, &mut buffer).unwrap_or(0);
         buffer.truncate(length);
         String::from_utf8_lossy(&buffer).lines().map(str::to_owned).collect()
-    }
-
-    /// Was there a line about an overlay that cannot be watched?
-    pub(super) fn lacks_export(lines: &[String]) -> bool {
-        lines.iter().any(|line| line.as_bytes() == NO_EXPORT.to_bytes())
     }
 }
 
@@ -214,7 +206,7 @@ fn check(result: libc::c_long) -> io::Result<RawFd> {
 }
 
 impl Step {
-    fn run(&self, notes: RawFd) -> io::Result<()> {
+    fn run(&self) -> io::Result<()> {
         match self {
             Self::User { ready, go, parent } => enter_user_namespace(*ready, *go, *parent),
             Self::MountNamespace => {
@@ -242,7 +234,7 @@ impl Step {
             // SAFETY: a system call with a string that lives.
             Self::Enter(dir) => check(unsafe { libc::chdir(dir.as_ptr()) }.into()).map(drop),
             Self::Attach { source, target, userns } => attach(source, target, *userns),
-            Self::Overlay(overlay) => overlay.mount(notes),
+            Self::Overlay(overlay) => overlay.mount(),
             Self::Descriptor { from, to } => {
                 // SAFETY: system calls on descriptor numbers; `to` is one that nothing in this process uses, see
                 // `ContainerBackend`. dup2 of a number to itself keeps close-on-exec, hence the second call.
@@ -310,13 +302,10 @@ fn attach(source: &CStr, target: &CStr, userns: Option<RawFd>) -> io::Result<()>
 }
 
 impl Overlay {
-    fn mount(&self, notes: RawFd) -> io::Result<()> {
+    fn mount(&self) -> io::Result<()> {
         let made = match self.make(true) {
-            Err(_) => {
-                let made = self.make(false)?;
-                note(notes, NO_EXPORT);
-                made
-            }
+            // Which it is the machine's mount table tells.
+            Err(_) => self.make(false)?,
             Ok(made) => made,
         };
         let target = self.target()?;

@@ -124,6 +124,12 @@ fn user_name(uid: u32) -> Option<String> {
 /// A descriptor of a new user namespace in which 0..65536 is `base`..`base` + 65536, for mount_setattr(2)'s
 /// MOUNT_ATTR_IDMAP. Needs root.
 pub(super) fn mapped(base: u32) -> io::Result<OwnedFd> {
+    let map = format!("0 {base} {RANGE}\n");
+    mapped_as(&map, &map)
+}
+
+/// A descriptor of a new user namespace with these maps (user_namespaces(7)). Needs root.
+pub(super) fn mapped_as(users: &str, groups: &str) -> io::Result<OwnedFd> {
     let parent = rustix::process::getpid().as_raw_nonzero().get();
     // SAFETY: a clone(2) with a null stack is a fork. The child calls nothing but system calls, directly, so no lock or
     // allocator of the parent's other threads is touched.
@@ -139,9 +145,8 @@ pub(super) fn mapped(base: u32) -> io::Result<OwnedFd> {
             libc::_exit(1)
         },
         Ok(pid) if pid > 0 => {
-            let map = format!("0 {base} {RANGE}\n");
-            let result = fs::write(format!("/proc/{pid}/uid_map"), &map)
-                .and_then(|()| fs::write(format!("/proc/{pid}/gid_map"), &map))
+            let result = fs::write(format!("/proc/{pid}/uid_map"), users)
+                .and_then(|()| fs::write(format!("/proc/{pid}/gid_map"), groups))
                 .and_then(|()| fs::File::open(format!("/proc/{pid}/ns/user")));
             // SAFETY: the child is ours and not waited for yet, so the number is still its own.
             unsafe {

@@ -45,10 +45,11 @@ pub struct Rig {
     specs: std::sync::Mutex<Vec<MachineSpec>>,
 }
 
-/// Tests run at the same time, in one process or several: their machines' numbers must differ.
+/// Tests run at the same time, in one process or several: their machines' numbers must differ; and those of daemons that
+/// other tests start begin with 0.
 fn slot() -> u32 {
     static NEXT: AtomicU32 = AtomicU32::new(0);
-    (std::process::id() % 64) * 256 + NEXT.fetch_add(1, Ordering::Relaxed) % 256
+    (1 + std::process::id() % 63) * 256 + NEXT.fetch_add(1, Ordering::Relaxed) % 256
 }
 
 impl Rig {
@@ -66,7 +67,8 @@ impl Rig {
     }
 
     pub fn open(dir: &Path, agent: &Path) -> ContainerBackend {
-        ContainerBackend::new(ContainerOptions::new(agent.to_owned(), dir.join("state"))).unwrap()
+        let options = ContainerOptions::new(agent.to_owned(), dir.join("state"));
+        ContainerBackend::new(ContainerOptions { resolv_conf: dir.join("resolv.conf"), ..options }).unwrap()
     }
 
     /// A backend that knows nothing but what is on disk, as after a restart of the daemon.
@@ -89,6 +91,10 @@ impl Rig {
             pids: None,
             hostname: "testhost".into(),
             uid_slot: slot,
+            network: machinefs_backends::Network::None,
+            disk: None,
+            owner: machinefs_backends::Owner::default(),
+            mounts: Vec::new(),
         };
         self.specs.lock().unwrap().push(spec.clone());
         spec
@@ -156,6 +162,19 @@ pub fn leftovers(spec: &MachineSpec) -> Vec<String> {
     for entry in fs::read_dir(&spec.dir).into_iter().flatten() {
         found.push(format!("file {}", entry.unwrap().path().display()));
     }
+    let interface = format!("{:04x}", spec.uid_slot);
+    for line in fs::read_to_string("/proc/self/net/dev").unwrap().lines() {
+        let name = line.split(':').next().unwrap_or_default().trim();
+        if name.starts_with("mfs") && name.ends_with(&interface) {
+            found.push(format!("interface {name}"));
+        }
+    }
+    for entry in fs::read_dir("/sys/block").unwrap().flatten() {
+        let text = fs::read_to_string(entry.path().join("loop/backing_file")).unwrap_or_default();
+        if text.starts_with(&format!("{dir}/")) {
+            found.push(format!("loop device {}", entry.path().display()));
+        }
+    }
     let suffix = format!("-{}", spec.id);
     let mounts = fs::read_to_string("/proc/self/mounts").unwrap();
     for line in mounts.lines() {
@@ -219,13 +238,16 @@ pub async fn victim() {
 }
 
 /// Kills a daemon in each step of create, start, kill and destroy, and shows that the next one clears up all of it.
-pub async fn kill_victims(rig: &Rig, rounds: u64) {
+pub async fn kill_victims(rig: &Rig, rounds: u64, adjust: impl Fn(&mut MachineSpec)) {
     // Not `host`, which every new daemon looks at for a while before it does anything.
     let image = rig.dir.path().join("image");
     fs::create_dir(&image).unwrap();
+    fs::create_dir(image.join("etc")).unwrap();
     let mut steps = BTreeMap::<&str, u32>::new();
     for round in 0..rounds {
-        let spec = rig.spec(image.to_str().unwrap());
+        let mut spec = rig.spec(image.to_str().unwrap());
+        adjust(&mut spec);
+        let spec = spec;
         let mut child = Command::new(std::env::current_exe().unwrap())
             .args(["victim", "--exact", "--ignored", "--nocapture"])
             .env("MFS_VICTIM_DIR", rig.dir.path())
@@ -235,6 +257,7 @@ pub async fn kill_victims(rig: &Rig, rounds: u64) {
             .unwrap();
         eventually("its first start", || spec.dir.join("lock").exists());
         std::thread::sleep(Duration::from_millis(180 * round / rounds));
+        assert!(child.try_wait().unwrap().is_none(), "the daemon ended by itself");
         child.kill().unwrap();
         child.wait().unwrap();
         let there = |name: &str| spec.dir.join(name).exists();

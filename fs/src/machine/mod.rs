@@ -274,7 +274,7 @@ impl Machine {
             }
             ("kill", []) => Event::Kill,
             ("restart", []) => Event::Restart,
-            ("pause", []) if self.state() == State::Running && !self.backend().can_pause(&self.spec()) => {
+            ("pause", []) if self.state() == State::Running && !self.backend().capabilities(&self.spec()).pause => {
                 return Err(MachineError::not_supported("this host has no freezer control group for the machine"));
             }
             ("pause", []) => Event::Pause,
@@ -453,6 +453,10 @@ impl Machine {
             pids: config.count("pids"),
             hostname: self.hostname(),
             uid_slot: self.uid_slot,
+            network: machinefs_backends::Network::None,
+            disk: None,
+            owner: machinefs_backends::Owner::default(),
+            mounts: Vec::new(),
         }
     }
 
