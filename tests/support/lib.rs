@@ -13,6 +13,7 @@ pub mod machine;
 pub mod process;
 pub mod shell;
 pub mod skip;
+pub mod stopped;
 pub mod user;
 
 pub use daemon::{Daemon, shared};

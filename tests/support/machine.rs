@@ -156,6 +156,16 @@ impl Machine<'_> {
     /// Runs a Python script on the host, in the mount; `D` is the machine's name, and usual modules are imported.
     #[track_caller]
     pub fn python(&self, script: &str) -> Outcome {
+        process::run(self.python_command(script))
+    }
+
+    /// Starts such a script.
+    #[track_caller]
+    pub fn spawn_python(&self, script: &str) -> Running {
+        Running::start(self.python_command(script))
+    }
+
+    fn python_command(&self, script: &str) -> std::process::Command {
         let head = "import ctypes, errno, fcntl, mmap, os, select, shutil, stat, subprocess, sys, threading, time\n\
                     D = os.environ['D']\nT = os.environ['T']\n\
                     def fails(number, call, *arguments):\n    \
@@ -164,7 +174,7 @@ impl Machine<'_> {
                     raise AssertionError(('it succeeded', call, arguments))\n";
         let mut command = std::process::Command::new("python3");
         command.args(["-c", &format!("{head}{script}")]);
-        process::run(self.with_name(command))
+        self.with_name(command)
     }
 
     /// How many jobs it has had. They are in `history` once they have ended, so this waits for those there are.

@@ -46,10 +46,13 @@ each_user! {
             ("mount $T/file --state-dir $T/s2", "file"),
             ("mount $T --state-dir $T/s3 --config /no/such/file", "/no/such/file"),
             ("mount $T --state-dir $T/s4 --config $T/bad.toml", "nokey"),
+            ("mount $T/full --state-dir $T/s5", "not empty"),
+            ("mount $T/over --state-dir $T/over/state", "hide"),
+            ("mount $T/empty --state-dir $T/full", "no state directory"),
             ("umount $T", "mount"),
             ("frobnicate", "frobnicate"),
         ] {
-            let outcome = d.bash(&format!("echo 'nokey = 1' > $T/bad.toml; : > $T/file; timeout 20 {program} {arguments}")).fails();
+            let outcome = d.bash(&format!("mkdir -p $T/full/x $T/over $T/empty; echo 'nokey = 1' > $T/bad.toml; : > $T/file; timeout 20 {program} {arguments}")).fails();
             assert!(outcome.code != 124 && outcome.words().contains(word), "{arguments}: {outcome:?}");
         }
     }

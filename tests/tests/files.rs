@@ -274,7 +274,8 @@ assert open(f'{{D}}/files/root/third', 'rb').read() == data
 }
 
 each_user! {
-    /// A symlink in the guest leads nowhere on the host: absolute targets stay inside, climbing ones are refused.
+    /// A symlink in the guest leads nowhere on the host: absolute targets stay inside, climbing ones
+    /// end at the guest's root, as they do in the guest.
     fn symlinks_are_contained(d) {
         let m = d.running("contained");
         d.bash("echo of-the-host > $T/secret").ok();
@@ -288,7 +289,7 @@ each_user! {
             cd $D/files/root
             ! grep -q of-the-host absolute; grep -q of-the-guest absolute
             cmp passwd ../etc/passwd
-            ! cat climbing 2> /dev/null | grep -q of-the-host
+            grep -q of-the-guest climbing
             test "$(cd -P root && ls | sort)" = "$(cd .. && ls | sort)"
             test root/etc/passwd -ef ../etc/passwd
             ! ls a/b/tmp/ 2> /dev/null | grep -q '^mfs-'

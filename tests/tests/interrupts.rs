@@ -2,32 +2,11 @@
 //! past a deadline, and nobody stays in state D.
 
 use machinefs_tests::process::{Running, Task, all_tasks};
+use machinefs_tests::stopped::Stopped;
 use machinefs_tests::{Daemon, Machine, each_user, each_user_alone, eventually, gate, skip, user};
 use std::time::{Duration, Instant};
 
 const SIGNALS: [i32; 3] = [libc::SIGINT, libc::SIGKILL, libc::SIGTERM];
-
-/// A machine's init, stopped (SIGSTOP) for as long as this lives: an agent that does not answer.
-struct Stopped(u32);
-
-impl Stopped {
-    fn new(m: &Machine<'_>) -> Stopped {
-        let pid = m.init();
-        // SAFETY: kill(2) has no memory effects; the process is the init of the test's own machine.
-        assert_eq!(unsafe { libc::kill(pid as i32, libc::SIGSTOP) }, 0);
-        let stopped =
-            eventually(10, || all_tasks().iter().filter(|task| task.pid == pid).all(|task| task.state == 'T'));
-        assert!(stopped, "the agent does not stop");
-        Stopped(pid)
-    }
-}
-
-impl Drop for Stopped {
-    fn drop(&mut self) {
-        // SAFETY: as above.
-        unsafe { libc::kill(self.0 as i32, libc::SIGCONT) };
-    }
-}
 
 /// The process blocks; the signal ends it, by that signal and not by an answer.
 #[track_caller]
@@ -162,30 +141,6 @@ each_user! {
             }
             assert!(unnoticed, "{what} waited for the stopped agent");
         }
-    }
-}
-
-each_user! {
-    /// A hung machine whose read-ahead fills the connection's background slots does not starve another's reads.
-    fn background_slots_are_shared(d) {
-        if !user::am_root() {
-            skip!("stopping the agent needs root");
-        }
-        let (hung, other) = (d.running("full"), d.running("reads"));
-        for m in [&hung, &other] {
-            m.guest("for i in $(seq 64); do head -c 1048576 /dev/urandom > /root/f$i; done; cat /root/f* | sha256sum > /root/sum");
-            m.bash("for i in $(seq 64); do stat $D/files/root/f$i > /dev/null; done").ok();
-        }
-        let _stopped = Stopped::new(&hung);
-        // Opened before the agent stops they could not be all: many small readers, all waiting.
-        let mut waiters: Vec<Running> = (1..=64).map(|i| hung.spawn(&["cat"], &format!("files/root/f{i}"))).collect();
-        let outcome = other.bash("cat $D/files/root/f* | sha256sum | cmp - $D/files/root/sum");
-        let waiting = waiters.iter_mut().map(|waiter| usize::from(!waiter.has_ended())).sum::<usize>();
-        outcome.ok();
-        for waiter in waiters {
-            waiter.wait(60).fails();
-        }
-        println!("{waiting} of 64 still waited when the other's 64 MiB had been read");
     }
 }
 

@@ -1,7 +1,7 @@
 //! Another user of the host neither sees into a machine nor uses it; the kernel checks.
 
 use machinefs_tests::user::lookup;
-use machinefs_tests::{Daemon, User, each_user, shared, skip};
+use machinefs_tests::{Daemon, User, each_user, each_user_alone, shared, skip};
 
 each_user! {
     /// Machines of others are closed: 0700, for every way in.
@@ -79,4 +79,40 @@ fn the_state_directory_is_closed() {
         d.state.display()
     );
     assert_eq!(d.exec_as(&other, &["sh", "-c", &script]).text(), "");
+    // By names that are known, not only by what can be listed.
+    for file in ["state.db", "state.db-wal", "lock", "machines", "machines/m1"] {
+        let path = d.state.join(file).display().to_string();
+        d.exec_as(&other, &["sh", "-c", &format!("head -c 1 {path} || ls {path}")]).fails_with("Permission denied");
+    }
+}
+
+/// The daemon opens an image with its own rights: a path of the host is for its own user and root only.
+#[test]
+fn an_image_is_no_way_to_the_hosts_files() {
+    let Some(d) = shared(User::Root) else { return };
+    let Some(other) = lookup(machinefs_tests::user::ORDINARY) else { skip!("there is no user mfstest") };
+    let name = d.name("thief");
+    for image in ["/etc", "/root", "/etc/shadow"] {
+        let script = format!("cd $M; echo 'create {name} image={image}' > ctl");
+        d.exec_as(&other, &["bash", "-c", &script]).fails_with("Permission denied");
+        d.exec(&["test", "!", "-e", &name]).ok();
+    }
+}
+
+each_user_alone! {
+    /// An image below our own mount is refused, and the daemon can still be ended: it never waits for itself.
+    fn an_image_in_the_mount(user) {
+        let d = Daemon::start(user);
+        d.bash("ln -s $M/looped/files $T/link").ok();
+        for image in ["$M/looped/files", "$T/link/usr"] {
+            let m = d.bash(&format!("echo \"create looped image={image} boot_wait=none boot_timeout=none\" > ctl"));
+            m.ok();
+            let failed = machinefs_tests::eventually(20, || d.read("looped/status").trim() == "failed");
+            assert!(failed, "{image}: {}", d.read("looped/status"));
+            assert!(d.read("looped/errors").contains("machinefs"), "{}", d.read("looped/errors"));
+            d.exec(&["rmdir", "looped"]).ok();
+        }
+        d.kill();
+        d.boot();
+    }
 }

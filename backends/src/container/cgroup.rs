@@ -114,6 +114,35 @@ impl Cgroups {
         unmet.map(|(what, why)| Warning(format!("the limit {what} does not hold: {why}"))).collect()
     }
 
+    /// Makes the runtime's moving of a process into groups quick, which otherwise takes a third of the whole boot.
+    ///
+    /// A write to any `cgroup.procs` waits until every processor has passed through the scheduler (16 ms, measured),
+    /// unless another such write was a moment ago: the kernel's `cgroup_threadgroup_rwsem` stays prepared for a while.
+    /// So this does one ahead of the runtime's, beside all that comes before it. It changes nothing: this process goes
+    /// into the group where it is. Where that cannot be, the boot is as slow as it was.
+    pub(super) fn hurry(&self) {
+        let own = fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
+        if let Some(group) = self.group_in(&own) {
+            let _ = fs::write(group.join("cgroup.procs"), std::process::id().to_string());
+        }
+    }
+
+    /// One of the groups that /proc/self/cgroup names.
+    fn group_in(&self, text: &str) -> Option<PathBuf> {
+        text.lines().find_map(|line| {
+            let (_, rest) = line.split_once(':')?;
+            let (controllers, path) = rest.split_once(':')?;
+            let root = if controllers.is_empty() {
+                self.v2.as_ref()?
+            } else {
+                &self.v1.iter().find(|(names, _)| controllers.split(',').any(|c| names.iter().any(|n| n == c)))?.1
+            };
+            // Outside of what this namespace shows, there are such.
+            let path = path.strip_prefix('/').filter(|path| path.split('/').all(|part| part != ".."))?;
+            Some(root.join(path))
+        })
+    }
+
     /// The group's path as the runtime wants it (`linux.cgroupsPath`).
     pub(super) fn path_for(name: &str) -> String {
         format!("/{PARENT}/{name}")
@@ -301,5 +330,15 @@ mod tests {
         let both = Cgroups::parse(&format!("{v1}cgroup2 /sys/fs/cgroup/unified cgroup2 rw 0 0\n"));
         assert_eq!((both.layout(), both.to_detach()), ("hybrid", Some(Path::new("/sys/fs/cgroup/unified"))));
         assert_eq!(Cgroups::parse("").layout(), "none");
+    }
+
+    #[test]
+    fn a_process_is_found_in_its_own_group() {
+        let v2 = Cgroups::parse("cgroup2 /sys/fs/cgroup cgroup2 rw 0 0\n");
+        assert_eq!(v2.group_in("0::/a/b\n"), Some("/sys/fs/cgroup/a/b".into()));
+        assert_eq!(v2.group_in("0::/../b\n"), None, "outside of the namespace");
+        assert_eq!(v2.group_in(""), None);
+        let v1 = Cgroups::parse("cgroup /sys/fs/cgroup/cpu cgroup rw,relatime,cpu,cpuacct 0 0\n");
+        assert_eq!(v1.group_in("9:pids:/x\n2:cpu,cpuacct:/\n0::/y\n"), Some("/sys/fs/cgroup/cpu/".into()));
     }
 }

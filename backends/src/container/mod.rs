@@ -117,6 +117,14 @@ impl ContainerBackend {
         self.inner.images.prepare();
     }
 
+    /// Has the control groups ready by the time the runtime comes to them. An ordinary user's runtime uses none.
+    fn hurry_groups(&self) {
+        if self.inner.maps.is_none() {
+            let inner = Arc::clone(&self.inner);
+            drop(tokio::task::spawn_blocking(move || inner.cgroups.hurry()));
+        }
+    }
+
     async fn on_thread<T: Send + 'static>(
         &self,
         spec: &MachineSpec,
@@ -227,6 +235,7 @@ impl Backend for ContainerBackend {
     }
 
     async fn create(&self, spec: &MachineSpec) -> Result<(), BackendError> {
+        self.hurry_groups();
         self.on_thread(spec, |inner, spec| {
             let _lock = held(spec)?;
             disk::prepare(spec, &inner.images, inner.base(spec)?).map(drop)
@@ -235,6 +244,7 @@ impl Backend for ContainerBackend {
     }
 
     async fn start(&self, spec: &MachineSpec) -> Result<Running, BackendError> {
+        self.hurry_groups();
         self.on_thread(spec, |inner, spec| {
             let lock = held(spec)?;
             inner.boot(spec, &lock)

@@ -8,6 +8,7 @@
 //! - an absolute path of a tar ([`tar`]), plain, gzip or zstd: unpacked once for its content's digest, then as above.
 
 pub mod host;
+mod place;
 mod tar;
 
 use crate::{BackendError, MachineSpec};
@@ -86,14 +87,16 @@ impl Store {
         if !path.is_absolute() {
             return Err(bad("must be `host`, or the absolute path of a root directory or of a tar of one".into()));
         }
-        let meta = fs::metadata(path).map_err(|e| {
+        let failed = |e: io::Error| {
             bad(match e.kind() {
                 io::ErrorKind::NotFound => "there is no such file or directory on this host".into(),
+                io::ErrorKind::CrossesDevices => "lies in a machinefs: copy it out first".into(),
                 _ => format!("cannot be looked at: {e}"),
             })
-        })?;
+        };
+        let real = place::resolve(path).map_err(failed)?;
+        let meta = fs::symlink_metadata(&real).map_err(failed)?;
         if meta.is_dir() {
-            let real = path.canonicalize().map_err(|e| bad(format!("cannot be looked at: {e}")))?;
             if real == Path::new("/") {
                 return Err(bad("is this host's own root, which holds private files: use the image `host`".into()));
             }
@@ -104,7 +107,7 @@ impl Store {
         if !meta.is_file() {
             return Err(bad("is neither a directory nor a tar".into()));
         }
-        let (root, digest) = tar::unpacked(path, &self.dir).map_err(|e| bad(e.to_string()))?;
+        let (root, digest) = tar::unpacked(&real, &self.dir).map_err(|e| bad(e.to_string()))?;
         let tree = Tree::new("", vec![root]).map_err(|e| bad(e.to_string()))?;
         Ok(Root { trees: vec![tree], digest })
     }

@@ -8,6 +8,7 @@ use machinefs_backends::container::{ContainerBackend, ContainerOptions};
 use rustix::fs::FlockOperation;
 use rustix::process::{Resource, Rlimit};
 use std::fs::File;
+use std::io::IsTerminal;
 use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -16,6 +17,9 @@ use tokio::signal::unix::{SignalKind, signal};
 /// Threads for the control plane: boots, timers. The files' way does not go through them.
 const CONTROL_THREADS: usize = 2;
 
+/// When the daemon has served so long, it looks at what the image `host` is made of, which takes seconds of a processor.
+const PREPARE_AFTER: std::time::Duration = std::time::Duration::from_secs(3);
+
 /// How long a daemon that was just unmounted or killed may take to end.
 const HANDOVER: std::time::Duration = std::time::Duration::from_secs(3);
 
@@ -23,7 +27,11 @@ const HANDOVER: std::time::Duration = std::time::Duration::from_secs(3);
 pub fn mount(mountpoint: &Path, args: DaemonArgs) -> Result<ExitCode, String> {
     let settings = args.resolve()?;
     let filter = tracing_subscriber::EnvFilter::try_new(&settings.log).map_err(|error| format!("--log: {error}"))?;
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_ansi(std::io::stderr().is_terminal())
+        .with_writer(std::io::stderr)
+        .init();
     let _lock = claim(&settings.state_dir)?;
     raise_descriptor_limit();
     let runtime = tokio::runtime::Builder::new_multi_thread()
@@ -41,15 +49,20 @@ async fn serve(mountpoint: &Path, settings: &Settings) -> Result<(), String> {
     let (mut terminate, mut interrupt) = (listen(SignalKind::terminate())?, listen(SignalKind::interrupt())?);
     fuse::replace_stale_mount(mountpoint).map_err(|error| error.to_string())?;
     let mountpoint = std::fs::canonicalize(mountpoint).map_err(|error| format!("{}: {error}", mountpoint.display()))?;
+    if std::fs::canonicalize(&settings.state_dir).is_ok_and(|state| state.starts_with(&mountpoint)) {
+        let path = mountpoint.display();
+        return Err(format!(
+            "the state directory is in {path}, where the mount would hide it: give another of the two"
+        ));
+    }
     let backend = Arc::new(container_backend(settings, Some(&mountpoint))?);
-    // The first machine shall not wait for the look at this host's files.
+    // The first machine shall not wait for the look at this host's files; nor shall a restart, which is to be quick.
     let ahead = backend.clone();
-    tokio::task::spawn_blocking(move || ahead.prepare());
-    let options = Options {
-        state_dir: settings.state_dir.clone(),
-        max_machines: settings.max_machines,
-        backend,
-    };
+    tokio::spawn(async move {
+        tokio::time::sleep(PREPARE_AFTER).await;
+        tokio::task::spawn_blocking(move || ahead.prepare());
+    });
+    let options = Options { state_dir: settings.state_dir.clone(), max_machines: settings.max_machines, backend };
     let registry = Registry::open(options).await.map_err(|error| error.to_string())?;
     let tree = Tree::new(registry.clone()).map_err(|error| format!("cannot start the tree: {error}"))?;
     let mounted = fuse::mount(fuse::MountOptions { no_exec: settings.noexec, ..fuse::MountOptions::new(&mountpoint) })
@@ -96,13 +109,20 @@ pub fn container_backend(settings: &Settings, mountpoint: Option<&Path>) -> Resu
 /// Makes the state directory ours alone: two daemons on one would tear down each other's machines.
 fn claim(state_dir: &Path) -> Result<File, String> {
     use std::os::unix::fs::DirBuilderExt;
-    let failed = |error: std::io::Error| format!("{}: {error}: give a --state-dir you may write", state_dir.display());
-    std::fs::DirBuilder::new().recursive(true).mode(0o711).create(state_dir).map_err(failed)?;
+    use std::os::unix::fs::PermissionsExt;
+    let path = state_dir.display();
+    let failed = |error: std::io::Error| format!("{path}: {error}: give a --state-dir you may write");
+    std::fs::DirBuilder::new().recursive(true).mode(0o700).create(state_dir).map_err(failed)?;
+    let is_new = std::fs::read_dir(state_dir).map_err(failed)?.next().is_none();
+    if !is_new && !state_dir.join("lock").exists() {
+        return Err(format!("{path} is not empty, and no state directory of machinefs: give another --state-dir"));
+    }
+    // Scripts, output and the machines' disks are in it: whatever modes they have, nobody else gets to them.
+    std::fs::set_permissions(state_dir, std::fs::Permissions::from_mode(0o700)).map_err(failed)?;
     let lock = File::create(state_dir.join("lock")).map_err(failed)?;
     let deadline = std::time::Instant::now() + HANDOVER;
     while rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive).is_err() {
         if std::time::Instant::now() > deadline {
-            let path = state_dir.display();
             return Err(format!("{path} is in use by another machinefs: end it, or give another --state-dir"));
         }
         std::thread::sleep(std::time::Duration::from_millis(20));

@@ -63,6 +63,13 @@ impl Connection {
         self.device.as_fd()
     }
 
+    /// Whether the file system is still mounted, or in use. (For poll(2) the device has an error when it is not.)
+    pub fn is_connected(&self) -> bool {
+        let mut polled = [rustix::event::PollFd::new(&self.device, rustix::event::PollFlags::empty())];
+        let now = rustix::time::Timespec { tv_sec: 0, tv_nsec: 0 };
+        io::retry_on_intr(|| rustix::event::poll(&mut polled, Some(&now))).is_ok_and(|errors| errors == 0)
+    }
+
     /// Answers a request of which only the number is known. `false`: it has its answer already, or is aborted.
     pub fn send_error_anywhere(&self, unique: u64, errno: Errno) -> bool {
         let channels: Vec<_> = self.channels.lock().iter().filter_map(Weak::upgrade).collect();

@@ -89,6 +89,8 @@ pub enum MountError {
     Target { path: PathBuf, error: std::io::Error },
     #[error("{0}: a machinefs is mounted there already: unmount it first (`machinefs umount`)")]
     AlreadyMounted(PathBuf),
+    #[error("{0} is not empty, and the mount would hide what is in it: give an empty directory")]
+    NotEmpty(PathBuf),
     #[error("{0}: no machinefs is mounted there")]
     NotOurs(PathBuf),
     #[error("{0}: another file system is mounted over ours: unmount that one first")]
@@ -131,7 +133,7 @@ impl Drop for Mounted {
         if let Some((device, place, _)) = self.parts.take() {
             // First, so that nobody waits for answers that will not come.
             drop(device);
-            if let Err(error) = place.unmount(true) {
+            if let Err(error) = place.unmount(true, true) {
                 tracing::warn!(%error, "the file system stays mounted");
             }
         }
@@ -156,9 +158,9 @@ pub fn mount(options: MountOptions) -> Result<Mounted, MountError> {
     if mountinfo::top(&mounts, &target).is_some_and(|mount| mount.kind == KIND) {
         return Err(MountError::AlreadyMounted(target));
     }
-    match std::fs::metadata(&target) {
-        Ok(data) if data.is_dir() => {}
-        Ok(_) => return Err(MountError::NotADirectory(target)),
+    match std::fs::read_dir(&target).map(|mut entries| entries.next().is_none()) {
+        Ok(true) => {}
+        Ok(false) => return Err(MountError::NotEmpty(target)),
         Err(error) => return Err(target_error(&target, error)),
     }
     warn_of_timeouts();
@@ -255,12 +257,16 @@ fn warn_of_timeouts() {
 }
 
 impl Place {
-    /// Unmounts; see [`super::Session::unmount`].
-    pub fn unmount(&self, lazy: bool) -> Result<(), MountError> {
+    /// Unmounts; see [`super::Session::unmount`]. `connected`: the kernel still sends us requests, so the mount is there.
+    pub fn unmount(&self, lazy: bool, connected: bool) -> Result<(), MountError> {
         let mounts = mountinfo::read().map_err(|error| MountError::System { call: "/proc/self/mountinfo", error })?;
         let is_ours =
             |mount: &&mountinfo::Mount| mount.id == self.id && mount.device == self.device && mount.kind == KIND;
         let Some(ours) = mounts.iter().find(is_ours) else { return Ok(()) };
+        // Numbers of mounts and devices are used again at once: it may be another's by now, who serves it.
+        if !connected && !stale::is_dead(&ours.path)? {
+            return Ok(());
+        }
         if mountinfo::top(&mounts, &ours.path).is_none_or(|top| top.id != self.id) {
             return Err(MountError::Covered(ours.path.clone()));
         }

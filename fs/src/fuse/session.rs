@@ -12,7 +12,7 @@ use super::watch::{self, Watch};
 use crate::errno::Errno;
 use crate::tree::ops::{Caller, Files, Op, PollWaker};
 use rustix::io;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::thread::JoinHandle;
 use std::time::Instant;
 
@@ -27,6 +27,7 @@ pub struct Session {
     notifier: Notifier,
     notifier_thread: Option<JoinHandle<()>>,
     expirer: Option<Expirer>,
+    connection: Weak<Connection>,
     watch: Option<Watch>,
 }
 
@@ -45,6 +46,7 @@ impl Mounted {
             readers: Vec::new(),
             notifier,
             notifier_thread: Some(notifier_thread),
+            connection: Arc::downgrade(&connection),
             expirer: None,
             watch: None,
         };
@@ -85,7 +87,7 @@ impl Session {
     /// # Errors
     /// EBUSY when it is in use and `lazy` is not set; whatever fusermount3 says.
     pub fn unmount(&self, lazy: bool) -> Result<(), MountError> {
-        self.place.unmount(lazy)
+        self.place.unmount(lazy, self.connection.upgrade().is_some_and(|connection| connection.is_connected()))
     }
 
     /// What tells the kernel of changes.
@@ -116,7 +118,7 @@ impl Session {
 impl Drop for Session {
     fn drop(&mut self) {
         if self.is_alive()
-            && let Err(error) = self.place.unmount(true)
+            && let Err(error) = self.unmount(true)
         {
             tracing::warn!(%error, "the file system stays mounted");
         }

@@ -59,7 +59,7 @@ pub fn resolve(path: &Path) -> Result<PathBuf, MountError> {
 
 /// Whether the file system there says ENOTCONN. A child asks: if nobody answers (a stopped daemon), it is the child
 /// that waits, and it can be killed.
-fn is_dead(path: &Path) -> Result<bool, MountError> {
+pub(super) fn is_dead(path: &Path) -> Result<bool, MountError> {
     let path = CString::new(path.as_os_str().as_bytes())
         .map_err(|_| MountError::Target { path: path.to_path_buf(), error: io::Errno::INVAL.into() })?;
     // SAFETY: the child only calls statx and _exit, which may be called after a fork of a process with threads.

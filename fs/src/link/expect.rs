@@ -2,6 +2,7 @@
 
 use machinefs_protocol::file::{FileReply, FileRequest};
 use machinefs_protocol::frame::MAX_BODY;
+use machinefs_protocol::job::MAX_LIST;
 use machinefs_protocol::message::{Reply, Request};
 
 /// Longest target of a symlink, in bytes (PATH_MAX).
@@ -17,6 +18,7 @@ pub(super) enum Expect {
     Jobs,
     Info,
     Log,
+    Stdin,
     FileOk,
     Entry,
     Attr,
@@ -38,10 +40,14 @@ pub(super) fn expectation(request: &Request<'_>) -> (Expect, usize) {
         | Request::JobAttach { .. }
         | Request::JobSignal { .. }
         | Request::JobForget { .. }
+        | Request::JobResize { .. }
+        | Request::Connect { .. }
+        | Request::SetSecrets
         | Request::Shutdown { .. }
         | Request::SetClock { .. } => (Expect::Ok, 0),
         Request::JobStart { .. } => (Expect::Started, 0),
-        Request::JobList => (Expect::Jobs, 0),
+        Request::JobStdin { .. } => (Expect::Stdin, 0),
+        Request::JobList => (Expect::Jobs, MAX_LIST),
         Request::Info => (Expect::Info, 0),
         Request::ReadLog => (Expect::Log, MAX_BODY),
         Request::File(file) => match file {
@@ -83,9 +89,10 @@ impl Expect {
         self == match reply {
             Reply::Ok => Expect::Ok,
             Reply::Started { .. } => Expect::Started,
-            Reply::Jobs(_) => Expect::Jobs,
+            Reply::Jobs => Expect::Jobs,
             Reply::Info(_) => Expect::Info,
             Reply::Data => Expect::Log,
+            Reply::Stdin { .. } => Expect::Stdin,
             Reply::File(file) => match file {
                 FileReply::Ok => Expect::FileOk,
                 FileReply::Entry(_) => Expect::Entry,

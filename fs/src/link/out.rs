@@ -179,35 +179,22 @@ impl State {
         }
     }
 
-    /// One writev for all frames; what the socket does not take is copied.
+    /// Each frame in one call, from where its parts are; only what the socket does not take is copied.
     fn send_now(&mut self, socket: &UnixStream, frames: &[Frame<'_>]) -> Result<Sent, SendError> {
-        let headers: Vec<[u8; HEADER_LEN]> = frames
-            .iter()
-            .zip(0u32..)
-            .map(|(frame, i)| Header { seq: self.seq.wrapping_add(i), ..frame.header }.encode())
-            .collect();
-        let mut slices = Vec::with_capacity(frames.len() * 3);
-        for (frame, header) in frames.iter().zip(&headers) {
-            slices.extend([header.as_slice(), frame.meta, frame.data].into_iter().map(IoSlice::new));
-        }
-        let mut taken = write(socket, &slices)?;
-        for (i, (frame, header)) in frames.iter().zip(&headers).enumerate() {
-            let len = frame.len();
-            if taken >= len {
-                taken -= len;
+        for (i, frame) in frames.iter().enumerate() {
+            let header = Header { seq: self.seq, ..frame.header }.encode();
+            let taken = write(socket, &[&header, frame.meta, frame.data].map(IoSlice::new))?;
+            if taken > 0 {
                 self.seq = self.seq.wrapping_add(1);
+            }
+            if taken == frame.len() {
                 continue;
             }
             let mut rest = i;
             if taken > 0 {
-                self.seq = self.seq.wrapping_add(1);
-                self.current = frame.to_bytes();
-                if let Some(place) = self.current.get_mut(..HEADER_LEN) {
-                    place.copy_from_slice(header);
-                }
-                self.current.drain(..taken);
-                self.sent = 0;
-                self.queued += self.current.len();
+                self.current = [&header, frame.meta, frame.data].concat();
+                self.sent = taken;
+                self.queued += frame.len() - taken;
                 rest = i + 1;
             }
             let rest = frames.get(rest..).unwrap_or(&[]);

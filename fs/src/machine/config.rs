@@ -76,7 +76,7 @@ keys! {
     "memory" Kind::Size, "max", NextStart, "memory limit";
     "network" Kind::Word(&["none"]), "none", NextStart, "none: loopback only";
     "output_limit" Kind::Size, "64M", Now, "output kept of one job; past it the first and the last half stay";
-    "pids" Kind::Count, "max", NextStart, "processes at once";
+    "pids" Kind::Count, "4096", NextStart, "processes at once";
     "protect" Kind::Flag, "no", Now, "yes: refuse every way of destroying it";
     "shell" Kind::Path, "default", Now, "what runs the texts of exec; default: bash where there is one, else sh";
     "user" Kind::Text, "root", Now, "the guest's user that jobs run as";

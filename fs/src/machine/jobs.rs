@@ -7,6 +7,7 @@ use super::{Machine, config};
 use crate::errno::Errno;
 use crate::link::{Link, LinkError, RequestOptions, StreamSink};
 use crate::tree::ops::Caller;
+use machinefs_protocol::frame::decode_meta;
 use machinefs_protocol::job::{ExitReason, JobEnd, JobInfo, JobSpec};
 use machinefs_protocol::message::{Reply, Request};
 use parking_lot::Mutex;
@@ -184,14 +185,16 @@ impl Jobs {
 
     /// The agent answers: goes on with what it has, gives it what it does not know yet.
     pub(super) async fn connected(&self, machine: &Arc<Machine>, link: &Arc<Link>) {
-        let known: Vec<JobInfo> = match link.call(&Request::JobList, &[], RequestOptions::forever()).await {
-            Ok(response) => match response.reply {
-                Reply::Jobs(jobs) => jobs,
-                _ => Vec::new(),
-            },
+        let answer = link.call(&Request::JobList, &[], RequestOptions::within(link.op_deadline())).await;
+        let known = answer.and_then(|response| {
+            decode_meta(&response.body).map_err(|error| LinkError::Lie(format!("a list of jobs: {error}").into()))
+        });
+        let known: Vec<JobInfo> = match known {
+            Ok(known) => known,
             Err(error) => {
                 tracing::warn!(machine = machine.id, %error, "the agent's jobs are not known");
-                return;
+                // Without the list no job can be given to it: another stream may do better.
+                return link.close();
             }
         };
         let ours: Vec<Arc<Job>> = {
@@ -326,7 +329,9 @@ fn job_spec(config: &config::Config) -> JobSpec {
         shell: text("shell"),
         cwd: if moved { text("workdir") } else { Vec::new() },
         user: text("user"),
-        timeout_secs: config.time("exec_timeout").map_or(0, |time| time.as_secs().clamp(1, u64::from(u32::MAX)) as u32),
+        timeout_ms: config
+            .time("exec_timeout")
+            .map_or(0, |time| u64::try_from(time.as_millis()).unwrap_or(u64::MAX).max(1)),
         output_limit: config.size("output_limit").unwrap_or(LARGEST_OUTPUT),
         ..JobSpec::default()
     }
@@ -338,11 +343,15 @@ fn start(machine: &Arc<Machine>, link: &Arc<Link>, job: &Arc<Job>) {
         return;
     }
     let spec = job_spec(&machine.config.lock().0);
-    let request = Request::JobStart { job: job.number(), spec };
+    let (spec_len, body) = match spec.start_body(&job.command()) {
+        Ok(start) => start,
+        Err(error) => return machine.jobs.lose(machine, job, &format!("it cannot be started: {error}")),
+    };
+    let request = Request::JobStart { job: job.number(), spec_len };
     let (owner, there, started) = (machine.clone(), link.clone(), job.clone());
     link.request(
         &request,
-        &job.command(),
+        &body,
         RequestOptions::forever(),
         Box::new(move |answer| match answer.map(|response| response.reply) {
             Ok(Reply::Started { pid, started_ms }) => {

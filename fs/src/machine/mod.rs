@@ -403,7 +403,8 @@ impl Machine {
         }
         let (slot, key, text) = (self.slot, name.to_string(), value.to_string());
         self.shared.store.write(move |db| store::set_config(db, slot, &key, &text));
-        self.say("config", &[(name, value)]);
+        // Not its value: the log of all machines is open to everybody.
+        self.say("config", &[("key", name)]);
         Ok(())
     }
 

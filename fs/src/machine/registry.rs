@@ -252,6 +252,14 @@ impl Registry {
         for (key, value) in &overrides {
             config.set(key, value)?;
         }
+        // The daemon opens it with its own rights, not with the caller's.
+        let is_trusted = caller.uid == 0 || caller.uid == self.shared.mount_uid;
+        if !is_trusted && config.get("image") != Some("host") {
+            return Err(MachineError::denied(
+                "only root, or the user whose daemon this is, may boot from a path of the host: leave out image=, or \
+                 run a machinefs of your own",
+            ));
+        }
         if config.get("isolation") == Some("vm") && self.shared.backend().isolation() != "vm" {
             return Err(MachineError::not_supported(
                 "isolation=vm is asked for, and no backend here boots virtual machines: see machinefs check",
@@ -360,12 +368,14 @@ impl Registry {
         caller: Caller,
         act: impl Fn(&Arc<Machine>) -> Result<(), MachineError>,
     ) -> Result<(), MachineError> {
+        let mut result = Ok(());
         for machine in self.list() {
             if caller.uid == 0 || caller.uid == machine.owner.0 {
-                act(&machine)?;
+                // One that refuses does not save the others.
+                result = result.and(act(&machine));
             }
         }
-        Ok(())
+        result
     }
 
     /// Returns when `shutdown` was written to the root's ctl.
@@ -386,6 +396,12 @@ impl Registry {
     /// When a machine last came, went or changed its name.
     pub fn changed(&self) -> SystemTime {
         *self.shared.changed.read()
+    }
+
+    /// When a machine last came, went, or changed its name or state. Not the time of asking, though figures move all
+    /// the time: tar would say that the file changed under it.
+    pub fn last_change(&self) -> SystemTime {
+        self.list().iter().map(|machine| machine.state_changed()).fold(self.changed(), SystemTime::max)
     }
 
     /// When the service started.

@@ -6,6 +6,7 @@
 mod acl;
 mod attr;
 mod dir;
+mod fresh;
 mod ids;
 mod listing;
 mod locks;
@@ -21,6 +22,7 @@ use super::ops::{Answer, Attr, Caller, Entry, Files, NodeId, Op, Ready, Responde
 use crate::errno::Errno;
 use crate::link::Link;
 use dir::DirHandle;
+use fresh::Fresh;
 use ids::Swap;
 use machinefs_protocol::file::{self, ROOT};
 use machinefs_protocol::message::Notice;
@@ -85,6 +87,7 @@ struct Guest {
     next_dir: AtomicU64,
     /// Nodes and the lock owners that (may) hold POSIX locks on them.
     locks: Mutex<HashSet<(u64, u64)>>,
+    fresh: Mutex<Fresh>,
 }
 
 impl GuestFiles {
@@ -102,6 +105,7 @@ impl GuestFiles {
             dirs: Mutex::default(),
             next_dir: AtomicU64::new(1),
             locks: Mutex::default(),
+            fresh: Mutex::default(),
         };
         GuestFiles { guest: Arc::new(guest) }
     }

@@ -18,9 +18,8 @@ pub fn content(registry: &Arc<Registry>, kind: Kind) -> Option<(Content, SystemT
         Kind::Readme => (Content::Text(readme::readme().into_bytes()), registry.started()),
         Kind::Ignore => (Content::Text(readme::ignore().into_bytes()), registry.started()),
         Kind::RootCtl => (Content::RootCtl(usage(VERBS).into_bytes()), registry.started()),
-        // Both hold states and times up, which change all the time.
-        Kind::Index => (Content::Text(registry.index_text().into_bytes()), SystemTime::now()),
-        Kind::IndexJson => (Content::Text(registry.index_json().into_bytes()), SystemTime::now()),
+        Kind::Index => (Content::Text(registry.index_text().into_bytes()), registry.last_change()),
+        Kind::IndexJson => (Content::Text(registry.index_json().into_bytes()), registry.last_change()),
         _ => return super::sys::content(registry, kind),
     })
 }

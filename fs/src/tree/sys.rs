@@ -15,8 +15,8 @@ pub fn content(registry: &Arc<Registry>, kind: Kind) -> Option<(Content, SystemT
     let log = || LogRef::Service(registry.clone());
     Some(match kind {
         Kind::Version => (Content::Text(VERSION.into()), registry.started()),
-        Kind::SysHealth => (Content::Text(registry.health_text().into_bytes()), SystemTime::now()),
-        Kind::Metrics => (Content::Text(registry.metrics_text().into_bytes()), SystemTime::now()),
+        Kind::SysHealth => (Content::Text(registry.health_text().into_bytes()), registry.last_change()),
+        Kind::Metrics => (Content::Text(registry.metrics_text().into_bytes()), registry.last_change()),
         Kind::SysEvents => (Content::Log(log()), registry.events().modified()),
         Kind::SysWaitEvent => (Content::Follow(log()), registry.events().modified()),
         _ => return None,

@@ -15,8 +15,9 @@ pub const HEADER_LEN: usize = 24;
 pub const MAX_META: usize = 32 * 1024;
 /// Largest raw part of one frame, in bytes: what a small request can be made to wait behind.
 pub const MAX_DATA: usize = 256 * 1024;
-/// Largest body of one request or reply, over all of its frames, in bytes (a job's script is the largest).
-pub const MAX_BODY: usize = 17 * 1024 * 1024;
+/// Largest body of one request or reply, over all of its frames, in bytes (a job's start is the largest: a script of 16
+/// MiB, and [`crate::job::MAX_SPEC`]).
+pub const MAX_BODY: usize = 20 * 1024 * 1024;
 
 /// What a frame is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -15,15 +15,31 @@
 //! [`crate::message::Request::JobAttach`] starts [`crate::frame::Kind::Data`] frames under the request's tag: whole
 //! records from the offset asked for. The host grants credit in bytes; the job's end comes as
 //! [`crate::message::Event::JobEnded`] after the last of its output was sent on every stream of the job.
+//!
+//! # Standard input
+//! [`crate::message::Request::JobStdin`] opens a stream in the other direction. The answer says how many bytes of the
+//! job's input the agent has ever accepted: the host goes on from there, whatever links there were before, so nothing
+//! is lost or doubled. The same answer has the first credit; more comes as [`crate::frame::Kind::Credit`] frames when
+//! the job has read. An empty data frame is the end of file. The agent ends the stream with an empty data frame once
+//! the end was handed to the job, or with an error under its tag: EPIPE when the job ended or closed its input before,
+//! ECANCELED when another stream for the same input took its place.
 
+use crate::frame::{FrameError, decode_meta};
 use serde::{Deserialize, Serialize};
 
 /// Size of a record's header, in bytes.
 pub const RECORD_HEADER: usize = 4;
 /// Largest body of a record, in bytes.
 pub const MAX_RECORD: usize = 64 * 1024;
+/// Largest encoded [`JobSpec`], in bytes: arguments and environment of a program may take 2 MiB by default (execve(2),
+/// a quarter of the limit of the stack).
+pub const MAX_SPEC: usize = 3 * 1024 * 1024;
+/// Largest encoded list of jobs, in bytes.
+pub const MAX_LIST: usize = 1024 * 1024;
 /// Bytes a new stream may send before the first credit arrives.
 pub const INITIAL_CREDIT: u64 = 4 * 1024 * 1024;
+/// Bytes of input the agent keeps for a job that does not read it.
+pub const STDIN_CREDIT: u64 = 256 * 1024;
 
 /// Where a record's bytes came from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -58,8 +74,8 @@ pub fn parse_record_header(header: [u8; RECORD_HEADER]) -> Option<(Source, usize
 /// How a job is started.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct JobSpec {
-    /// When empty, the request's body is a script for `shell` (or for the interpreter its `#!` names); else the
-    /// program and its arguments, looked up in the job's PATH.
+    /// When empty, a script is run by `shell` (or by the interpreter its `#!` names); else the program and its
+    /// arguments, looked up in the job's PATH.
     pub argv: Vec<Vec<u8>>,
     /// The shell for scripts; empty: bash where the guest has it, else sh.
     pub shell: Vec<u8>,
@@ -67,16 +83,49 @@ pub struct JobSpec {
     pub cwd: Vec<u8>,
     /// User name or number, `user[:group]` as docker has it; empty: root.
     pub user: Vec<u8>,
-    /// `NAME=value`, added to the agent's own small environment (PATH, HOME, USER, SHELL, LANG).
+    /// `NAME=value`, added to the agent's own small environment (PATH, HOME, USER, SHELL, LANG, and for a terminal
+    /// TERM) and to the machine's secrets.
     pub env: Vec<Vec<u8>>,
-    /// Seconds after which the job and its descendants are killed; 0: never.
-    pub timeout_secs: u32,
+    /// Milliseconds after which the job and its descendants are killed; 0: never.
+    pub timeout_ms: u64,
     /// Bytes of output kept in the guest.
     pub output_limit: u64,
-    /// Rows and columns: the job gets a terminal of that size.
+    /// Rows and columns: the job gets a terminal of that size. All it prints is [`Source::Stdout`].
     pub tty: Option<(u16, u16)>,
-    /// The job has a stdin the host feeds (a stream to the guest); else it is /dev/null.
+    /// The job has an input that the host feeds; else it is /dev/null, or for a terminal nothing is ever typed.
     pub stdin: bool,
+}
+
+impl JobSpec {
+    /// The body of a [`crate::message::Request::JobStart`], and the `spec_len` in its message: the encoded spec, then
+    /// the script.
+    ///
+    /// # Errors
+    /// [`FrameError::TooLarge`] when the spec is over [`MAX_SPEC`].
+    pub fn start_body(&self, script: &[u8]) -> Result<(u32, Vec<u8>), FrameError> {
+        let mut body = postcard::to_allocvec(self).map_err(|error| FrameError::Meta(error.to_string()))?;
+        let len = body.len();
+        if len > MAX_SPEC {
+            return Err(FrameError::TooLarge { meta: len, data: script.len() });
+        }
+        body.reserve_exact(script.len());
+        body.extend_from_slice(script);
+        Ok((len as u32, body))
+    }
+
+    /// The other way round: the spec and the script of such a body.
+    ///
+    /// # Errors
+    /// [`FrameError::TooLarge`] as above, [`FrameError::Meta`] when there is no spec of that length.
+    pub fn from_start_body(spec_len: u32, body: &[u8]) -> Result<(JobSpec, &[u8]), FrameError> {
+        let len = spec_len as usize;
+        if len > MAX_SPEC {
+            return Err(FrameError::TooLarge { meta: len, data: body.len() });
+        }
+        let (spec, script) =
+            body.split_at_checked(len).ok_or_else(|| FrameError::Meta("a start cut short".to_string()))?;
+        Ok((decode_meta(spec)?, script))
+    }
 }
 
 /// How a job ended.
@@ -144,4 +193,26 @@ pub struct JobInfo {
     pub rss_kib: u64,
     /// How it ended, if it has.
     pub end: Option<JobEnd>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_start_is_a_spec_and_a_script() {
+        // More than the message of a frame could hold.
+        let env = (0..3000).map(|i| format!("VARIABLE_{i}={i:050}").into_bytes()).collect();
+        let spec = JobSpec { env, timeout_ms: 7000, ..JobSpec::default() };
+        for script in [&b""[..], b"echo \xff\0"] {
+            let (len, body) = spec.start_body(script).unwrap();
+            assert!(len as usize > crate::frame::MAX_META);
+            assert_eq!(JobSpec::from_start_body(len, &body).unwrap(), (spec.clone(), script));
+            assert!(JobSpec::from_start_body(len - 1, &body).is_err());
+            assert!(JobSpec::from_start_body(len + 1, &body).is_err());
+            assert!(JobSpec::from_start_body(u32::MAX, &body).is_err());
+        }
+        let large = JobSpec { env: vec![vec![b'x'; MAX_SPEC]], ..JobSpec::default() };
+        assert!(matches!(large.start_body(b""), Err(FrameError::TooLarge { .. })));
+    }
 }

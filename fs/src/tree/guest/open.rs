@@ -27,6 +27,7 @@ impl Guest {
         }
         // Not live: who creates a file reads back what it writes.
         let opened = self.opened(fh, false)?;
+        self.fresh.lock().made(entry.node);
         Ok(Answer::Created(self.entry(place, &entry)?, opened))
     }
 }

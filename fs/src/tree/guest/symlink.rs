@@ -14,7 +14,7 @@ const MAX_TARGET: usize = 4095;
 /// the depth is not known.
 ///
 /// # Errors
-/// EACCES when it would climb out of `files`; ENAMETOOLONG when the rewritten target is too long.
+/// EACCES when it climbs from where nobody knows how deep that is; ENAMETOOLONG when the rewritten target is too long.
 pub(super) fn contain(target: &[u8], depth: Option<usize>) -> Result<Vec<u8>, Errno> {
     let absolute = target.starts_with(b"/");
     let mut names: Vec<&[u8]> = Vec::new();
@@ -34,12 +34,16 @@ pub(super) fn contain(target: &[u8], depth: Option<usize>) -> Result<Vec<u8>, Er
     }
     if absolute {
         climb = depth.ok_or(Errno::EACCES)?;
-    } else if climb > depth.unwrap_or(0) {
-        return Err(Errno::EACCES);
+    } else if climb > 0 {
+        // In the guest, the parent of the root is the root.
+        let depth = depth.ok_or(Errno::EACCES)?;
+        rewritten |= climb > depth;
+        climb = climb.min(depth);
     }
     if !rewritten {
         return Ok(target.to_vec());
     }
+    let named = !names.is_empty();
     let mut shown = Vec::with_capacity(3 * climb + target.len());
     for component in std::iter::repeat_n(&b".."[..], climb).chain(names) {
         if !shown.is_empty() {
@@ -49,7 +53,7 @@ pub(super) fn contain(target: &[u8], depth: Option<usize>) -> Result<Vec<u8>, Er
     }
     if shown.is_empty() {
         shown.push(b'.');
-    } else if target.ends_with(b"/") {
+    } else if named && target.ends_with(b"/") {
         shown.push(b'/');
     }
     if shown.len() > MAX_TARGET { Err(Errno::ENAMETOOLONG) } else { Ok(shown) }
@@ -89,9 +93,15 @@ mod tests {
     }
 
     #[test]
-    fn what_climbs_out_is_refused() {
-        for (target, depth) in [("..", 0), ("../..", 1), ("a/../../x", 0), ("../x/../../y", 1)] {
-            assert_eq!(shown(target, depth), Err(Errno::EACCES), "{target} {depth}");
+    fn what_climbs_out_ends_at_the_root_as_in_the_guest() {
+        for (target, depth, want) in [
+            ("..", 0, "."),
+            ("../..", 1, ".."),
+            ("a/../../x", 0, "x"),
+            ("../x/../../y", 1, "../y"),
+            ("../../x/", 1, "../x/"),
+        ] {
+            assert_eq!(shown(target, depth).unwrap(), want, "{target} {depth}");
         }
         assert_eq!(contain(b"/etc", None), Err(Errno::EACCES), "depth not known");
         assert_eq!(contain(b"../x", None), Err(Errno::EACCES), "depth not known");

@@ -2,7 +2,7 @@
 
 use super::super::ops::{Answer, NodeId};
 use super::request::{Asking, ok};
-use super::{MAX_NAME, Refused, acl};
+use super::{MAX_NAME, Refused, acl, fresh};
 use crate::errno::Errno;
 use machinefs_protocol::file::FileRequest;
 
@@ -23,6 +23,9 @@ impl Asking<'_> {
     pub fn getxattr(self, node: NodeId, name: &[u8], max: u32) -> Result<(), Refused> {
         let node = ok!(self, self.guest.agent_node(node));
         ok!(self, check_name(name));
+        if max == 0 && name == fresh::CAPABILITY && self.guest.fresh.lock().is_first_write(node) {
+            return self.refuse(Errno::ENODATA);
+        }
         let (options, max, is_acl) = (self.query(), max.min(MAX_VALUE), acl::is_acl(name));
         self.send(FileRequest::GetXattr { node, name, max }, &[], options, move |guest, reply, value| {
             if max == 0 {

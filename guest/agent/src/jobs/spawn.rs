@@ -22,6 +22,8 @@ pub struct Setup<'a> {
     pub stdio: [RawFd; 3],
     /// Standard input is a terminal, to be the controlling one.
     pub terminal: bool,
+    /// The list of the control group to be in.
+    pub group: Option<RawFd>,
 }
 
 /// How far the child came.
@@ -160,11 +162,17 @@ unsafe fn enter(child: &Child, setup: &Setup<'_>) -> Result<(), Stage> {
     // SAFETY: as `child_main`.
     unsafe {
         for signal in 1..=64 {
-            // Ignored signals would stay ignored over the execve. The two that glibc keeps to itself are refused.
-            libc::signal(signal, libc::SIG_DFL);
+            // Ignored signals would stay ignored over the execve. The bare call, as glibc keeps two to itself; all zeros
+            // are SIG_DFL, no flags and an empty mask.
+            let default = [0u64; 4];
+            libc::syscall(libc::SYS_rt_sigaction, signal, default.as_ptr(), std::ptr::null_mut::<u64>(), 8);
         }
         libc::sigprocmask(libc::SIG_SETMASK, &child.mask, std::ptr::null_mut());
         ok(libc::setsid().into(), Stage::Setup)?;
+        if let Some(group) = setup.group {
+            // Without it the job is found by other means.
+            libc::write(group, c"0".as_ptr().cast(), 1);
+        }
         for (number, fd) in setup.stdio.iter().enumerate() {
             ok(libc::dup2(*fd, number as RawFd).into(), Stage::Setup)?;
         }

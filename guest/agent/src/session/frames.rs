@@ -1,6 +1,7 @@
 //! Reading frames.
 
 use machinefs_protocol::frame::{FrameError, HEADER_LEN, Header};
+use rustix::event::{PollFd, PollFlags};
 use std::io::{self, Read};
 use std::os::unix::net::UnixStream;
 use thiserror::Error;
@@ -77,6 +78,10 @@ impl FrameReader {
     fn fill(&mut self) -> io::Result<usize> {
         self.start = 0;
         self.end = 0;
+        // A thread that waits in read(2) on a unix socket is woken for nothing whenever the other side takes what this
+        // side wrote (the kernel tells all who wait that there is room); one that waits in poll(2) is not. What poll
+        // says does not matter: the read waits too.
+        let _ = rustix::event::poll(&mut [PollFd::new(&self.stream, PollFlags::IN)], None);
         loop {
             match self.stream.read(&mut self.buffer) {
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
