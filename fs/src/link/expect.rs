@@ -18,6 +18,7 @@ pub(super) enum Expect {
     Jobs,
     Info,
     Log,
+    Stdin,
     FileOk,
     Entry,
     Attr,
@@ -39,9 +40,13 @@ pub(super) fn expectation(request: &Request<'_>) -> (Expect, usize) {
         | Request::JobAttach { .. }
         | Request::JobSignal { .. }
         | Request::JobForget { .. }
+        | Request::JobResize { .. }
+        | Request::Connect { .. }
+        | Request::SetSecrets
         | Request::Shutdown { .. }
         | Request::SetClock { .. } => (Expect::Ok, 0),
         Request::JobStart { .. } => (Expect::Started, 0),
+        Request::JobStdin { .. } => (Expect::Stdin, 0),
         Request::JobList => (Expect::Jobs, MAX_LIST),
         Request::Info => (Expect::Info, 0),
         Request::ReadLog => (Expect::Log, MAX_BODY),
@@ -87,6 +92,7 @@ impl Expect {
             Reply::Jobs => Expect::Jobs,
             Reply::Info(_) => Expect::Info,
             Reply::Data => Expect::Log,
+            Reply::Stdin { .. } => Expect::Stdin,
             Reply::File(file) => match file {
                 FileReply::Ok => Expect::FileOk,
                 FileReply::Entry(_) => Expect::Entry,

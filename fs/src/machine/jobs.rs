@@ -489,7 +489,9 @@ fn job_spec(config: &config::Config) -> JobSpec {
         shell: text("shell"),
         cwd: if moved { text("workdir") } else { Vec::new() },
         user: text("user"),
-        timeout_secs: config.time("exec_timeout").map_or(0, |time| time.as_secs().clamp(1, u64::from(u32::MAX)) as u32),
+        timeout_ms: config
+            .time("exec_timeout")
+            .map_or(0, |time| u64::try_from(time.as_millis()).unwrap_or(u64::MAX).max(1)),
         output_limit: config.size("output_limit").unwrap_or(LARGEST_OUTPUT),
         ..JobSpec::default()
     }

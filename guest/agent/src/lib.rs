@@ -3,11 +3,13 @@
 //! It inherits a listening unix socket as descriptor [`machinefs_protocol::LISTEN_FD`], serves the host's daemon
 //! over it, runs the user's jobs and serves the guest's files.
 
+mod credential;
 pub mod files;
 mod info;
 mod init;
 mod jobs;
 mod log;
+mod secrets;
 mod server;
 mod session;
 mod shutdown;
@@ -18,7 +20,7 @@ use std::os::fd::{FromRawFd, OwnedFd};
 use std::os::unix::net::UnixListener;
 use std::process::ExitCode;
 
-const USAGE: &str = "usage: machinefs-agent init [--vm] | serve | --version";
+const USAGE: &str = "usage: machinefs-agent init [--vm] | serve | credential SOCKET get | --version";
 
 /// How the agent was started.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -37,6 +39,7 @@ pub fn main() -> ExitCode {
         [b"init"] => Mode { init: true, vm: false },
         [b"init", b"--vm"] => Mode { init: true, vm: true },
         [b"serve"] => Mode { init: false, vm: false },
+        [b"credential", socket, operation] => return credential::ask(socket, operation),
         [b"--version"] => {
             println!("machinefs-agent {}", env!("CARGO_PKG_VERSION"));
             return ExitCode::SUCCESS;

@@ -3,13 +3,13 @@
 use crate::Mode;
 use crate::files::FileService;
 use crate::jobs::Jobs;
-use crate::session::{Connection, FrameReader, Interrupter, Stdin, Writer};
+use crate::secrets::Secrets;
+use crate::session::{Connection, FrameReader, Interrupter, Writer};
 use machinefs_protocol::frame::{FrameError, Kind, decode_meta, encode_meta};
 use machinefs_protocol::message::Hello;
 use machinefs_protocol::{OLDEST_VERSION, VERSION};
 use parking_lot::Mutex;
 use rustix::fs::{Mode as FileMode, OFlags};
-use std::collections::HashMap;
 use std::convert::Infallible;
 use std::io;
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -33,8 +33,7 @@ pub struct Server {
     jobs: Arc<Jobs>,
     interrupter: Arc<Interrupter>,
     active: Mutex<Active>,
-    /// Inputs of jobs by the tags of their starts, of the active session.
-    stdins: Mutex<HashMap<u64, Arc<Stdin>>>,
+    secrets: Arc<Secrets>,
     handshakes: AtomicUsize,
     ending: AtomicBool,
 }
@@ -55,8 +54,14 @@ impl Server {
         let interrupter = Arc::new(Interrupter::default());
         let theirs = interrupter.clone();
         spawn("interrupter", move || theirs.run())?;
-        let (jobs, reactor) = Jobs::new()?;
         let boot = boot_number()?;
+        let secrets = Arc::new(Secrets::new(boot));
+        let (jobs, reactor) = Jobs::new(boot, secrets.clone())?;
+        let theirs = secrets.clone();
+        match crate::credential::listen(secrets.socket()) {
+            Ok(listener) => spawn("credentials", move || crate::credential::serve(&listener, &theirs))?,
+            Err(error) => crate::log::line(format_args!("git gets no credentials: {error}")),
+        }
         let server = Arc::new(Server {
             mode,
             started: Instant::now(),
@@ -65,7 +70,7 @@ impl Server {
             jobs,
             interrupter,
             active: Mutex::default(),
-            stdins: Mutex::default(),
+            secrets,
             handshakes: AtomicUsize::new(0),
             ending: AtomicBool::new(false),
         });
@@ -135,10 +140,6 @@ impl Server {
         if active.session != Some(hello.session) {
             active.session = Some(hello.session);
             self.files.reset();
-            for (_, stdin) in self.stdins.lock().drain() {
-                stdin.end();
-                self.jobs.feed(&stdin);
-            }
         }
         self.say_hello(&writer, hello.session)?;
         stream.set_read_timeout(None)?;
@@ -189,19 +190,9 @@ impl Server {
         self.started.elapsed()
     }
 
-    /// The input that is fed under that tag; made if `make` and there is none.
-    pub fn stdin_of(&self, tag: u64, make: bool) -> Option<Arc<Stdin>> {
-        let mut stdins = self.stdins.lock();
-        if make {
-            stdins.retain(|other, stdin| *other == tag || !stdin.is_over());
-            return Some(stdins.entry(tag).or_default().clone());
-        }
-        stdins.get(&tag).cloned()
-    }
-
-    /// Nothing is fed under that tag any more.
-    pub fn drop_stdin(&self, tag: u64) {
-        self.stdins.lock().remove(&tag);
+    /// The machine's secrets.
+    pub fn secrets(&self) -> &Secrets {
+        &self.secrets
     }
 
     /// The active connection, if there is one.

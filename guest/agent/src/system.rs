@@ -33,6 +33,12 @@ pub fn prepare() -> io::Result<()> {
     // Being killed first would take all jobs along. Without CAP_SYS_RESOURCE the score cannot be lowered: then it
     // stays what it was.
     let _ = std::fs::write("/proc/self/oom_score_adj", "-500");
+    // The secrets are in the memory of this process: it leaves no core file, and no other process of its user reads it,
+    // not even root's in a machine, which has no CAP_SYS_PTRACE (PR_SET_DUMPABLE(2const)).
+    // SAFETY: PR_SET_DUMPABLE takes a number.
+    unsafe {
+        libc::prctl(libc::PR_SET_DUMPABLE, 0, 0, 0, 0);
+    }
     // Orphans of jobs come to the agent also where it is not process 1.
     if let Err(error) = rustix::process::set_child_subreaper(rustix::process::Pid::from_raw(1)) {
         crate::log::line(format_args!("cannot become a subreaper: {error}"));

@@ -198,23 +198,58 @@ fn a_large_log_is_in_a_bounded_file_without_a_name() {
 }
 
 #[test]
-fn many_jobs_leave_nothing_in_the_agent() {
+fn a_thousand_jobs_leave_nothing_in_the_agent() {
+    let agent = Agent::start();
+    let client = agent.client();
+    let one = |job: u64| {
+        let fed = JobSpec { stdin: job.is_multiple_of(3), tty: job.is_multiple_of(5).then_some((24, 80)), ..spec() };
+        client.start_spec(job, fed, b"head -c 100000 /dev/zero; exit 1");
+        if job.is_multiple_of(3) {
+            // It may have ended by now.
+            let stream = client.send(&Request::JobStdin { job, offset: 0 }, &[], 0);
+            if stream.wait().is_ok() {
+                client.data(stream.tag, b"unread");
+            }
+        }
+        let stream = client.attach(job, 0);
+        let mut log = replica();
+        assert_eq!(client.follow(&stream, &mut log).reason, ExitReason::Code(1));
+        client.call(&Request::JobForget { job }, &[]).unwrap();
+    };
+    (0..150).for_each(one);
+    let (open, running, size) = (descriptors(&agent).len(), threads(&agent), agent.rss());
+    (1000..2000).for_each(one);
+    assert!(client.jobs().is_empty());
+    wait_until("descriptors closed", || descriptors(&agent).len() <= open);
+    assert!(threads(&agent) <= running + 2, "{} threads after {running}", threads(&agent));
+    assert!(agent.rss() < size + 4096, "{} KiB after {size}", agent.rss());
+}
+
+#[test]
+fn a_hundred_jobs_at_once_leave_nothing_in_the_agent() {
     let agent = Agent::start();
     let client = agent.client();
     let round = |from: u64| {
-        for job in from..from + 150 {
-            let fed = JobSpec { stdin: job % 3 == 0, tty: (job % 5 == 0).then_some((24, 80)), ..spec() };
-            client.start_spec(job, fed, b"head -c 100000 /dev/zero; exit 1");
-            let stream = client.attach(job, 0);
-            let mut log = replica();
-            assert_eq!(client.follow(&stream, &mut log).reason, ExitReason::Code(1));
+        let jobs = from..from + 100;
+        for job in jobs.clone() {
+            let fed = JobSpec { stdin: true, tty: job.is_multiple_of(2).then_some((24, 80)), ..spec() };
+            client.start_spec(job, fed, b"read line; exit 7");
+        }
+        assert!(client.jobs().iter().filter(|info| info.end.is_none()).count() == 100, "all of them wait");
+        for job in jobs.clone() {
+            let (stream, _) = client.open_stdin(job, 0);
+            client.data(stream.tag, b"go\n");
+        }
+        for _ in jobs.clone() {
+            assert_eq!(client.ended().1.reason, ExitReason::Code(7));
+        }
+        for job in jobs {
             client.call(&Request::JobForget { job }, &[]).unwrap();
         }
     };
     round(0);
     let (open, running, size) = (descriptors(&agent).len(), threads(&agent), agent.rss());
-    round(1000);
-    assert!(client.jobs().is_empty());
+    (1..6).for_each(|at| round(1000 * at));
     wait_until("descriptors closed", || descriptors(&agent).len() <= open);
     assert!(threads(&agent) <= running + 2, "{} threads after {running}", threads(&agent));
     assert!(agent.rss() < size + 4096, "{} KiB after {size}", agent.rss());

@@ -482,8 +482,8 @@ fn data_of_no_stream_is_dropped() {
         assert_eq!(pending.wait().unwrap_err().errno, libc::EINTR);
     }
     client.ping();
-    // Input before its request is complete is an offence.
-    let (spec_len, body) = JobSpec { stdin: true, ..spec() }.start_body(b"true").unwrap();
+    // Data before its request is complete is an offence.
+    let (spec_len, body) = spec().start_body(b"true").unwrap();
     let start = Request::JobStart { job: 1, spec_len };
     client.send_frame(Kind::Request, FLAG_MORE, 0, 1 << 40, Some(&start), &body);
     client.send_frame(Kind::Data, 0, 0, 1 << 40, None::<&()>, b"early");

@@ -15,6 +15,14 @@
 //! [`crate::message::Request::JobAttach`] starts [`crate::frame::Kind::Data`] frames under the request's tag: whole
 //! records from the offset asked for. The host grants credit in bytes; the job's end comes as
 //! [`crate::message::Event::JobEnded`] after the last of its output was sent on every stream of the job.
+//!
+//! # Standard input
+//! [`crate::message::Request::JobStdin`] opens a stream in the other direction. The answer says how many bytes of the
+//! job's input the agent has ever accepted: the host goes on from there, whatever links there were before, so nothing
+//! is lost or doubled. The same answer has the first credit; more comes as [`crate::frame::Kind::Credit`] frames when
+//! the job has read. An empty data frame is the end of file. The agent ends the stream with an empty data frame once
+//! the end was handed to the job, or with an error under its tag: EPIPE when the job ended or closed its input before,
+//! ECANCELED when another stream for the same input took its place.
 
 use crate::frame::{FrameError, decode_meta};
 use serde::{Deserialize, Serialize};
@@ -30,6 +38,8 @@ pub const MAX_SPEC: usize = 3 * 1024 * 1024;
 pub const MAX_LIST: usize = 1024 * 1024;
 /// Bytes a new stream may send before the first credit arrives.
 pub const INITIAL_CREDIT: u64 = 4 * 1024 * 1024;
+/// Bytes of input the agent keeps for a job that does not read it.
+pub const STDIN_CREDIT: u64 = 256 * 1024;
 
 /// Where a record's bytes came from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -73,15 +83,16 @@ pub struct JobSpec {
     pub cwd: Vec<u8>,
     /// User name or number, `user[:group]` as docker has it; empty: root.
     pub user: Vec<u8>,
-    /// `NAME=value`, added to the agent's own small environment (PATH, HOME, USER, SHELL, LANG).
+    /// `NAME=value`, added to the agent's own small environment (PATH, HOME, USER, SHELL, LANG, and for a terminal
+    /// TERM) and to the machine's secrets.
     pub env: Vec<Vec<u8>>,
-    /// Seconds after which the job and its descendants are killed; 0: never.
-    pub timeout_secs: u32,
+    /// Milliseconds after which the job and its descendants are killed; 0: never.
+    pub timeout_ms: u64,
     /// Bytes of output kept in the guest.
     pub output_limit: u64,
-    /// Rows and columns: the job gets a terminal of that size.
+    /// Rows and columns: the job gets a terminal of that size. All it prints is [`Source::Stdout`].
     pub tty: Option<(u16, u16)>,
-    /// The job has a stdin the host feeds (a stream to the guest); else it is /dev/null.
+    /// The job has an input that the host feeds; else it is /dev/null, or for a terminal nothing is ever typed.
     pub stdin: bool,
 }
 
@@ -192,7 +203,7 @@ mod tests {
     fn a_start_is_a_spec_and_a_script() {
         // More than the message of a frame could hold.
         let env = (0..3000).map(|i| format!("VARIABLE_{i}={i:050}").into_bytes()).collect();
-        let spec = JobSpec { env, timeout_secs: 7, ..JobSpec::default() };
+        let spec = JobSpec { env, timeout_ms: 7000, ..JobSpec::default() };
         for script in [&b""[..], b"echo \xff\0"] {
             let (len, body) = spec.start_body(script).unwrap();
             assert!(len as usize > crate::frame::MAX_META);

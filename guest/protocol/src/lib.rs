@@ -11,6 +11,8 @@ pub mod frame;
 pub mod job;
 pub mod joblog;
 pub mod message;
+pub mod port;
+pub mod secret;
 
 /// The protocol's version, exchanged in [`message::Hello`] before anything else.
 ///

@@ -47,7 +47,9 @@ pub enum Request<'a> {
         /// From which byte of its log on.
         offset: u64,
     },
-    /// Sends a signal to the job's process group. ESRCH when it has ended. Answer: [`Reply::Ok`].
+    /// Sends a signal to the job's process group, or to all its processes; also to those that live on when its first
+    /// process has ended. ESRCH when there are none. SIGKILL to all comes back when none is left. Answer:
+    /// [`Reply::Ok`].
     JobSignal {
         /// The job.
         job: u64,
@@ -78,6 +80,34 @@ pub enum Request<'a> {
     },
     /// What the agent has logged since its start, bounded, in the body. Answer: [`Reply::Data`].
     ReadLog,
+    /// Opens a stream for the job's standard input under this request's tag, in place of an earlier one (see
+    /// [`crate::job`]). Answer: [`Reply::Stdin`]. ENOENT when there is no such job or it has no such input; EPIPE when
+    /// nobody reads it any more; EINVAL when `offset` is past what was accepted.
+    JobStdin {
+        /// The job.
+        job: u64,
+        /// The first byte of the input that the host still has.
+        offset: u64,
+    },
+    /// Sets the size of a job's terminal; its foreground processes get SIGWINCH. ENOTTY when it has none, ESRCH when
+    /// it has ended. Answer: [`Reply::Ok`].
+    JobResize {
+        /// The job.
+        job: u64,
+        /// Rows.
+        rows: u16,
+        /// Columns.
+        cols: u16,
+    },
+    /// Connects to a port of the guest's loopback, IPv4 before IPv6, and makes this tag a stream in both directions
+    /// (see [`crate::port`]). Answer: [`Reply::Ok`], or the errno of connect(2).
+    Connect {
+        /// The TCP port.
+        port: u16,
+    },
+    /// Replaces the machine's secrets by those in the body ([`crate::secret`]). The agent has them in its memory only.
+    /// EINVAL when one cannot be an environment variable. Answer: [`Reply::Ok`].
+    SetSecrets,
 }
 
 /// What the guest answers.
@@ -100,6 +130,15 @@ pub enum Reply {
     Info(GuestInfo),
     /// The bytes are in the body.
     Data,
+    /// A job's input can be sent.
+    Stdin {
+        /// Bytes of it that were ever accepted: the next one to send.
+        offset: u64,
+        /// Bytes that may be sent before the first credit.
+        credit: u64,
+        /// Its end was accepted too: nothing is left to send.
+        ended: bool,
+    },
 }
 
 /// Facts about the guest.

@@ -3,7 +3,9 @@
 use super::script::{MAX_ARGUMENT, Script};
 use super::users::User;
 use super::{JobError, read_bounded};
+use crate::secrets::Variable;
 use machinefs_protocol::job::JobSpec;
+use std::collections::HashMap;
 use std::ffi::{CString, OsStr};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
@@ -26,10 +28,28 @@ pub struct Program {
     pub script: Option<Script>,
 }
 
+/// What a job finds in its environment without having asked for it.
+pub struct Surroundings<'a> {
+    /// The machine's secrets.
+    pub secrets: Vec<Variable>,
+    /// The job's number, for its own use.
+    pub job: u64,
+    /// What its processes are known by, `NAME=value`.
+    pub mark: String,
+    /// What git is to be told on top of so many GIT_CONFIG entries.
+    pub git: &'a dyn Fn(usize) -> Vec<Variable>,
+}
+
 /// Puts together what a job executes. `unique` names its script's file, should there be one; see [`Script::create`]
 /// for what must not happen meanwhile.
-pub fn prepare(spec: &JobSpec, script: &[u8], user: &User, unique: &str) -> Result<Program, JobError> {
-    let env = environment(spec, user)?;
+pub fn prepare(
+    spec: &JobSpec,
+    script: &[u8],
+    user: &User,
+    surroundings: &Surroundings<'_>,
+    unique: &str,
+) -> Result<Program, JobError> {
+    let env = environment(spec, user, surroundings)?;
     let path = env.iter().rev().find_map(|entry| entry.to_bytes().strip_prefix(b"PATH=")).unwrap_or(PATH).to_vec();
     let cwd = if spec.cwd.is_empty() { &user.home } else { &spec.cwd };
     if let [program, ..] = spec.argv.as_slice() {
@@ -67,28 +87,52 @@ pub fn prepare(spec: &JobSpec, script: &[u8], user: &User, unique: &str) -> Resu
     Ok(Program { paths: candidates(shell, &path, cwd)?, argv, env, name, script: file })
 }
 
-/// The agent's own small environment, and the job's on top; of two values of a name the later one stays.
-fn environment(spec: &JobSpec, user: &User) -> Result<Vec<CString>, JobError> {
-    let named = |name: &[u8], value: &[u8]| [name, b"=", value].concat();
-    let mut entries = vec![
-        named(b"PATH", PATH),
-        named(b"HOME", &user.home),
-        named(b"USER", &user.name),
-        named(b"LOGNAME", &user.name),
-        named(b"SHELL", &user.shell),
-        named(b"LANG", b"C.UTF-8"),
-    ];
+/// The agent's own small environment, the secrets, and the job's variables on top; of two values of a name the later one
+/// stays.
+fn environment(spec: &JobSpec, user: &User, surroundings: &Surroundings<'_>) -> Result<Vec<CString>, JobError> {
+    let mut entries: Vec<Vec<u8>> = Vec::new();
+    // Where each name is.
+    let mut places: HashMap<Vec<u8>, usize> = HashMap::new();
+    let mut set = |name: &[u8], value: &[u8]| {
+        let entry = [name, b"=", value].concat();
+        match places.get(name).and_then(|place| entries.get_mut(*place)) {
+            Some(place) => *place = entry,
+            None => {
+                places.insert(name.to_vec(), entries.len());
+                entries.push(entry);
+            }
+        }
+    };
+    set(b"PATH", PATH);
+    set(b"HOME", &user.home);
+    set(b"USER", &user.name);
+    set(b"LOGNAME", &user.name);
+    set(b"SHELL", &user.shell);
+    set(b"LANG", b"C.UTF-8");
     if spec.tty.is_some() {
-        entries.push(named(b"TERM", b"xterm-256color"));
+        set(b"TERM", b"xterm-256color");
+    }
+    let mut git_entries = Some(0);
+    for (name, value) in &surroundings.secrets {
+        set(name, value);
     }
     for entry in &spec.env {
-        let name = entry.split(|byte| *byte == b'=').next().unwrap_or_default();
-        if name.is_empty() || name.len() == entry.len() {
-            return Err(JobError::Invalid("an environment entry without a name or without ="));
+        let place = entry.iter().position(|byte| *byte == b'=').filter(|place| *place > 0);
+        let (name, value) = place
+            .and_then(|place| Some((entry.get(..place)?, entry.get(place + 1..)?)))
+            .ok_or(JobError::Invalid("an environment entry without a name or without ="))?;
+        set(name, value);
+        if name == b"GIT_CONFIG_COUNT" {
+            git_entries = std::str::from_utf8(value).ok().and_then(|count| count.parse().ok());
         }
-        let prefix = named(name, b"");
-        entries.retain(|other| !other.starts_with(&prefix));
-        entries.push(entry.clone());
+    }
+    // What is no number would make git fail: whoever set it is to see that.
+    for (name, value) in git_entries.map(surroundings.git).unwrap_or_default() {
+        set(&name, &value);
+    }
+    set(b"MACHINEFS_JOB", surroundings.job.to_string().as_bytes());
+    if let Some((name, value)) = surroundings.mark.split_once('=') {
+        set(name.as_bytes(), value.as_bytes());
     }
     entries.iter().map(|entry| c_string(entry, "environment")).collect()
 }
@@ -138,8 +182,17 @@ mod tests {
         User { uid: 0, gid: 0, groups: vec![0], name: b"root".into(), home: b"/root".into(), shell: b"/bin/sh".into() }
     }
 
+    fn git(count: usize) -> Vec<Variable> {
+        vec![(b"GIT_CONFIG_COUNT".into(), (count + 1).to_string().into_bytes())]
+    }
+
+    fn surroundings() -> Surroundings<'static> {
+        let secrets = vec![(b"TOKEN".to_vec(), b"secret".to_vec()), (b"B".to_vec(), b"secret".to_vec())];
+        Surroundings { secrets, job: 7, mark: "MARK=abc-7".into(), git: &git }
+    }
+
     fn argv(spec: &JobSpec, script: &[u8]) -> Vec<Vec<u8>> {
-        let program = prepare(spec, script, &root(), "unused").unwrap();
+        let program = prepare(spec, script, &root(), &surroundings(), "unused").unwrap();
         program.argv.iter().map(|arg| arg.to_bytes().to_vec()).collect()
     }
 
@@ -155,13 +208,30 @@ mod tests {
     fn later_values_replace_earlier_ones() {
         let env = [b"PATH=/x".to_vec(), b"A=1=2".into(), b"A=3".into()];
         let spec = JobSpec { argv: vec![b"ls".into()], env: env.into(), ..JobSpec::default() };
-        let program = prepare(&spec, b"", &root(), "unused").unwrap();
+        let program = prepare(&spec, b"", &root(), &surroundings(), "unused").unwrap();
         let of = |name: &[u8]| program.env.iter().filter(|e| e.to_bytes().starts_with(name)).count();
         assert_eq!((of(b"PATH="), of(b"A=")), (1, 1));
         assert_eq!(program.paths, [c"/x/ls".to_owned()]);
         for bad in [b"=x".as_slice(), b"x", b"A=\0"] {
             let spec = JobSpec { env: vec![bad.into()], ..JobSpec::default() };
-            assert!(prepare(&spec, b"", &root(), "unused").is_err());
+            assert!(prepare(&spec, b"", &root(), &surroundings(), "unused").is_err());
         }
+    }
+
+    #[test]
+    fn secrets_and_what_comes_before_them() {
+        let of = |env: &[&str]| -> Vec<String> {
+            let env = env.iter().map(|entry| entry.as_bytes().to_vec()).collect();
+            let spec = JobSpec { argv: vec![b"ls".into()], env, ..JobSpec::default() };
+            let program = prepare(&spec, b"", &root(), &surroundings(), "unused").unwrap();
+            program.env.iter().map(|entry| entry.to_str().unwrap().to_owned()).collect()
+        };
+        let env = of(&["B=own", "MARK=forged", "MACHINEFS_JOB=1"]);
+        for entry in ["TOKEN=secret", "B=own", "MARK=abc-7", "MACHINEFS_JOB=7", "GIT_CONFIG_COUNT=1"] {
+            assert_eq!(env.iter().filter(|other| *other == entry).count(), 1, "{entry} in {env:?}");
+        }
+        assert!(!env.iter().any(|entry| entry == "B=secret" || entry == "MARK=forged"));
+        assert!(of(&["GIT_CONFIG_COUNT=2"]).contains(&"GIT_CONFIG_COUNT=3".to_owned()));
+        assert!(of(&["GIT_CONFIG_COUNT=x"]).contains(&"GIT_CONFIG_COUNT=x".to_owned()));
     }
 }

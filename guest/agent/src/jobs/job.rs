@@ -1,5 +1,6 @@
 //! One job.
 
+use super::cgroup::Group;
 use super::processes;
 use super::script::Script;
 use crate::session::Stdin;
@@ -7,8 +8,10 @@ use machinefs_protocol::job::{JobEnd, JobInfo, Source, record_header};
 use machinefs_protocol::joblog::{Cursor, JobLog, LogError};
 use parking_lot::Mutex;
 use rustix::fs::{MemfdFlags, Mode, OFlags};
+use rustix::termios::Winsize;
 use std::fs::File;
 use std::io;
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Duration;
 use thiserror::Error;
@@ -25,6 +28,9 @@ pub enum JobError {
     /// It has no process any more, or none yet.
     #[error("job {0} does not run")]
     Ended(u64),
+    /// Some of its processes did not end, though killed (they may be stuck in the kernel).
+    #[error("processes of job {0} do not end")]
+    Stuck(u64),
     /// The machine is being shut down.
     #[error("the machine is shutting down")]
     Closing,
@@ -65,6 +71,7 @@ impl JobError {
             JobError::NoJob(_) => libc::ENOENT,
             JobError::Exists(_) => libc::EEXIST,
             JobError::Ended(_) => libc::ESRCH,
+            JobError::Stuck(_) => libc::EBUSY,
             JobError::Closing => libc::ESHUTDOWN,
             JobError::Log(_) => libc::EIO,
             JobError::NoUser(_) | JobError::Invalid(_) | JobError::Nul(_) | JobError::Offset(_) => libc::EINVAL,
@@ -87,8 +94,8 @@ pub fn errno_text(errno: i32) -> String {
 pub enum Kill {
     /// The process group of the first one.
     Group,
-    /// All of its session, and their descendants.
-    Descendants,
+    /// All of them, see [`processes::Descendants`].
+    All,
 }
 
 /// A job.
@@ -99,13 +106,15 @@ pub struct Job {
     pub(super) id: u64,
     log: Mutex<JobLog>,
     state: Mutex<State>,
-    /// What the host feeds it, and under which tag.
-    pub(super) stdin: Option<(u64, Arc<Stdin>)>,
+    /// What the host feeds it.
+    pub(crate) stdin: Option<Arc<Stdin>>,
     /// How long it may run.
     pub(super) timeout: Option<Duration>,
     pub(super) terminal: bool,
     /// The counter of the kernel's memory kills at its start.
     pub(super) oom_kills: u64,
+    /// The control group of its processes, if it has one.
+    pub(super) group: Option<Arc<Group>>,
 }
 
 #[derive(Debug, Default)]
@@ -116,6 +125,8 @@ struct State {
     forgotten: bool,
     /// Its script's file, for the time it runs.
     script: Option<Script>,
+    /// The agent's end of its terminal, for the time it runs.
+    terminal: Option<OwnedFd>,
 }
 
 /// What a new job is made of.
@@ -123,10 +134,11 @@ pub(super) struct NewJob {
     pub number: u64,
     pub id: u64,
     pub output_limit: u64,
-    pub stdin: Option<(u64, Arc<Stdin>)>,
+    pub stdin: Option<Arc<Stdin>>,
     pub timeout: Option<Duration>,
     pub terminal: bool,
     pub oom_kills: u64,
+    pub group: Option<Arc<Group>>,
 }
 
 impl Job {
@@ -140,6 +152,7 @@ impl Job {
             timeout: new.timeout,
             terminal: new.terminal,
             oom_kills: new.oom_kills,
+            group: new.group,
         }
     }
 
@@ -213,6 +226,25 @@ impl Job {
         !state.forgotten
     }
 
+    /// Sets the size of its terminal.
+    ///
+    /// # Errors
+    /// ENOTTY when it has none, [`JobError::Ended`].
+    pub fn resize(&self, rows: u16, columns: u16) -> Result<(), JobError> {
+        let what = || format!("the terminal of job {}", self.number);
+        if !self.terminal {
+            return Err(JobError::System { what: what(), errno: libc::ENOTTY });
+        }
+        let state = self.state.lock();
+        let terminal = state.terminal.as_ref().ok_or(JobError::Ended(self.number))?;
+        let size = Winsize { ws_row: rows, ws_col: columns, ws_xpixel: 0, ws_ypixel: 0 };
+        rustix::termios::tcsetwinsize(terminal, size).map_err(|errno| JobError::io(what(), &errno.into()))
+    }
+
+    pub(super) fn keep_terminal(&self, terminal: Option<OwnedFd>) {
+        self.state.lock().terminal = terminal;
+    }
+
     pub(super) fn keep_script(&self, script: Option<Script>) {
         self.state.lock().script = script;
     }
@@ -221,6 +253,7 @@ impl Job {
         let mut state = self.state.lock();
         state.end = Some(end);
         state.script = None;
+        state.terminal = None;
     }
 
     pub(super) fn forget(&self) {

@@ -1,6 +1,8 @@
 //! The jobs: started for the host, watched by one thread ([`reactor`]), kept until the host forgets them.
 
+mod cgroup;
 mod command;
+mod input;
 mod job;
 mod memory;
 mod processes;
@@ -10,13 +12,16 @@ mod spawn;
 mod start;
 mod users;
 
-pub use job::{Job, JobError, Kill};
+pub use job::{Job, JobError, Kill, errno_text};
 pub use reactor::Reactor;
 
-use crate::session::{Stdin, Streams};
+use crate::secrets::Secrets;
+use crate::session::Streams;
+use cgroup::Groups;
 use machinefs_protocol::job::{JobEnd, JobInfo, MAX_LIST};
 use memory::OomKills;
 use parking_lot::Mutex;
+use processes::{Descendants, Leader};
 use reactor::Command;
 use rustix::event::EventfdFlags;
 use std::collections::{BTreeMap, HashMap, VecDeque};
@@ -29,6 +34,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
+/// The variable that marks a job's processes.
+const MARK: &str = "MACHINEFS_MARK";
+/// How often it is tried to kill all of a job's processes.
+const KILL_ROUNDS: u32 = 100;
 /// Ended jobs that are kept unforgotten, at most; the oldest go first.
 const MAX_ENDED: usize = 10_000;
 /// Bytes of memory the logs of ended jobs may take.
@@ -47,6 +56,9 @@ pub struct Jobs {
     /// Whom to tell of output and ends.
     streams: Mutex<Option<Arc<Streams>>>,
     oom_kills: OomKills,
+    secrets: Arc<Secrets>,
+    groups: Arc<Groups>,
+    boot: u128,
     next_id: AtomicU64,
 }
 
@@ -94,11 +106,11 @@ impl Table {
 }
 
 impl Jobs {
-    /// No jobs yet, and the thread's body that will watch them.
+    /// No jobs yet, and the thread's body that will watch them. `boot` is this life of the agent.
     ///
     /// # Errors
     /// Those of the descriptors it needs.
-    pub fn new() -> io::Result<(Arc<Jobs>, Reactor)> {
+    pub fn new(boot: u128, secrets: Arc<Secrets>) -> io::Result<(Arc<Jobs>, Reactor)> {
         let jobs = Arc::new(Jobs {
             table: Mutex::default(),
             children: Mutex::default(),
@@ -106,6 +118,9 @@ impl Jobs {
             wake: rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
             streams: Mutex::default(),
             oom_kills: OomKills::find(),
+            secrets,
+            groups: Groups::find(),
+            boot,
             next_id: AtomicU64::new(1),
         });
         let reactor = Reactor::new(jobs.clone())?;
@@ -149,47 +164,55 @@ impl Jobs {
         list
     }
 
-    /// Sends a signal to a running job.
+    /// Sends a signal to a job's processes, also to those its first one has left behind. A forgotten job's are still
+    /// known by their mark.
     ///
     /// # Errors
-    /// [`JobError::NoJob`], [`JobError::Ended`], or the kernel's (EINVAL: no such signal).
+    /// [`JobError::NoJob`], [`JobError::Ended`], [`JobError::Stuck`], or the kernel's (EINVAL: no such signal).
     pub fn signal(&self, number: u64, signal: i32, to: Kill) -> Result<(), JobError> {
-        let job = self.get(number)?;
         if !(0..=64).contains(&signal) {
             return Err(JobError::Invalid("no such signal"));
         }
-        self.signal_job(&job, signal, to)
+        match self.get(number) {
+            Ok(job) => self.signal_job(&job, signal, to),
+            Err(error) => {
+                let mut left = Descendants::marked(self.mark(number), self.groups.leftover(number).map(Arc::new));
+                if left.refresh() == 0 { Err(error) } else { finish_off(&mut left, number, signal, to) }
+            }
+        }
     }
 
     fn signal_job(&self, job: &Arc<Job>, signal: i32, to: Kill) -> Result<(), JobError> {
-        let pid = {
+        let leader = {
             let children = self.children.lock();
-            let pid = job.pid().filter(|pid| children.get(pid).is_some_and(|other| Arc::ptr_eq(other, job)));
-            let pid = pid.ok_or(JobError::Ended(job.number()))?;
-            // SAFETY: kill takes no pointer. The group is the job's: its leader is not waited for, under the lock.
-            if matches!(to, Kill::Group) && unsafe { libc::kill(-pid, signal) } < 0 {
-                return Err(JobError::io("the job's process group", &io::Error::last_os_error()));
+            let pid = job.pid().filter(|pid| *pid > 0).ok_or(JobError::Ended(job.number()))?;
+            let lives = children.get(&pid).is_some_and(|other| Arc::ptr_eq(other, job));
+            if lives && matches!(to, Kill::Group) {
+                // SAFETY: kill takes no pointer. The group is the job's: its leader is not waited for, under the lock.
+                return match unsafe { libc::kill(-pid, signal) } {
+                    0 => Ok(()),
+                    _ => Err(JobError::io("the job's process group", &io::Error::last_os_error())),
+                };
             }
-            pid
+            Leader { pid, lives }
         };
-        if matches!(to, Kill::Descendants) {
-            let mut descendants = processes::Descendants::of(pid);
-            if signal == libc::SIGKILL {
-                descendants.kill(100);
-            } else {
-                descendants.refresh();
-                descendants.signal(signal);
-            }
+        let mut processes = Descendants::of(leader, self.mark(job.number()), job.group.clone());
+        if processes.refresh() == 0 {
+            return Err(JobError::Ended(job.number()));
         }
-        Ok(())
+        finish_off(&mut processes, job.number(), signal, to)
+    }
+
+    /// What marks the processes of the job of that number, in their environment.
+    fn mark(&self, number: u64) -> String {
+        format!("{MARK}={:016x}-{number}", self.boot as u64)
     }
 
     /// Drops a job; one that runs is killed with all its descendants first. Daemons an ended one left behind go on.
-    /// Gives the tag its input came under, if it had one.
     ///
     /// # Errors
     /// [`JobError::NoJob`].
-    pub fn forget(&self, number: u64) -> Result<Option<u64>, JobError> {
+    pub fn forget(&self, number: u64) -> Result<(), JobError> {
         let job = {
             let mut table = self.table.lock();
             let job = table.jobs.remove(&number).ok_or(JobError::NoJob(number))?;
@@ -201,9 +224,9 @@ impl Jobs {
             streams.forget(number);
         }
         if job.end().is_none() {
-            let _ = self.signal_job(&job, libc::SIGKILL, Kill::Descendants);
+            let _ = self.signal_job(&job, libc::SIGKILL, Kill::All);
         }
-        Ok(job.stdin.as_ref().map(|(tag, _)| *tag))
+        Ok(())
     }
 
     /// From now on no more jobs are started.
@@ -219,9 +242,9 @@ impl Jobs {
         }
     }
 
-    /// There is something in that input, or its end.
-    pub fn feed(&self, stdin: &Stdin) {
-        if let Some(writer) = stdin.with(|state| state.writer) {
+    /// There is something for that writer of an input, or the input's end.
+    pub fn feed(&self, writer: Option<u64>) {
+        if let Some(writer) = writer {
             self.command(Command::Feed(writer));
         }
     }
@@ -240,13 +263,6 @@ impl Jobs {
         }
     }
 
-    /// A job's input was read.
-    fn has_read(&self, tag: u64, bytes: u64) {
-        if let Some(streams) = &*self.streams.lock() {
-            streams.give(tag, bytes);
-        }
-    }
-
     /// A job has ended, its log is complete.
     fn has_ended(&self, job: &Arc<Job>, end: JobEnd) {
         job.set_end(end);
@@ -259,6 +275,7 @@ impl Jobs {
             }
             forgotten
         };
+        self.groups.sweep();
         if !forgotten && let Some(streams) = &*self.streams.lock() {
             streams.ended(job.number(), end);
         }
@@ -269,11 +286,25 @@ impl Jobs {
     }
 }
 
+/// Sends a signal to what was found of a job, and to what it makes meanwhile.
+fn finish_off(processes: &mut Descendants, job: u64, signal: i32, to: Kill) -> Result<(), JobError> {
+    match to {
+        Kill::Group if processes.signal_group(signal) => Ok(()),
+        Kill::Group => Err(JobError::Ended(job)),
+        Kill::All if signal == libc::SIGKILL && !processes.kill(KILL_ROUNDS) => Err(JobError::Stuck(job)),
+        Kill::All if signal == libc::SIGKILL => Ok(()),
+        Kill::All => {
+            processes.signal(signal);
+            Ok(())
+        }
+    }
+}
+
 /// Sends a signal to everything the jobs have started, also what ended ones left behind.
 pub fn signal_all(signal: i32) {
-    let mut descendants = processes::Descendants::of_agent();
+    let mut descendants = Descendants::of_agent();
     if signal == libc::SIGKILL {
-        descendants.kill(100);
+        descendants.kill(KILL_ROUNDS);
     } else {
         descendants.refresh();
         descendants.signal(signal);

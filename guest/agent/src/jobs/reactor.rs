@@ -5,9 +5,11 @@
 //! prints afterwards is read and dropped, so that it neither blocks nor dies of it.
 
 use super::Jobs;
+use super::input;
 use super::job::Job;
-use super::processes::Descendants;
+use super::processes::{Descendants, Leader};
 use crate::info::unix_millis;
+use crate::session::Over;
 use crate::system;
 use machinefs_protocol::job::{ExitReason, JobEnd, MAX_RECORD, Source};
 use rustix::buffer::spare_capacity;
@@ -53,6 +55,8 @@ pub struct Watch {
     pub output: Vec<(Source, OwnedFd)>,
     /// Where its input goes.
     pub input: Option<OwnedFd>,
+    /// The job's end of its terminal, kept open until its first process has ended.
+    pub held: Option<OwnedFd>,
 }
 
 /// How a process ended.
@@ -69,6 +73,7 @@ struct Running {
     pid: i32,
     outputs: Vec<u64>,
     input: Option<u64>,
+    held: Option<OwnedFd>,
     exit: Option<Exit>,
     /// When waiting for output ends, after the exit.
     drained_at: Option<Instant>,
@@ -179,7 +184,7 @@ impl Reactor {
     }
 
     fn watch(&mut self, watch: Watch) {
-        let Watch { job, pid, output, input } = watch;
+        let Watch { job, pid, output, input, held } = watch;
         let id = job.id;
         let time = match job.timeout {
             Some(timeout) => {
@@ -195,10 +200,10 @@ impl Reactor {
         }
         let input = input.and_then(|fd| self.add_channel(fd, Channel::Input(id), EventFlags::empty()));
         let feeder = job.stdin.clone();
-        let running = Running { job, pid, outputs, input, exit: None, drained_at: None, time };
+        let running = Running { job, pid, outputs, input, held, exit: None, drained_at: None, time };
         self.running.insert(id, running);
-        if let (Some(token), Some((_, stdin))) = (input, feeder) {
-            stdin.with(|state| state.writer = Some(token));
+        if let (Some(token), Some(stdin)) = (input, feeder) {
+            stdin.set_writer(token);
             self.write_input(token);
         }
         if let Some(exit) = self.early.remove(&id) {
@@ -234,7 +239,7 @@ impl Reactor {
             Some((_, Channel::Input(id))) if flags.intersects(EventFlags::ERR | EventFlags::HUP) => {
                 // Nobody reads it any more.
                 if let Some(job) = self.running.get(id).map(|running| running.job.clone()) {
-                    self.close_input(token, &job);
+                    self.close_input(token, &job, Over::Unread);
                 }
             }
             Some((_, Channel::Input(_))) => self.write_input(token),
@@ -276,51 +281,26 @@ impl Reactor {
     fn write_input(&mut self, token: u64) {
         let Some((fd, Channel::Input(id))) = self.channels.get(&token) else { return };
         let Some(job) = self.running.get(id).map(|running| running.job.clone()) else { return };
-        let Some((tag, stdin)) = &job.stdin else { return };
-        let mut taken = 0;
-        let mut over = false;
+        let Some(stdin) = &job.stdin else { return };
+        let mut over = None;
         let mut blocked = false;
-        stdin.with(|state| {
-            while let Some(chunk) = state.chunks.front() {
-                match rustix::io::write(fd, chunk.get(state.written..).unwrap_or_default()) {
-                    Ok(count) => {
-                        taken += count as u64;
-                        state.written += count;
-                        if state.written >= chunk.len() {
-                            state.chunks.pop_front();
-                            state.written = 0;
-                        }
-                    }
-                    Err(Errno::INTR) => {}
-                    Err(Errno::AGAIN) => {
-                        blocked = true;
-                        break;
-                    }
-                    Err(_) => {
-                        over = true;
-                        break;
-                    }
-                }
-            }
-            state.outstanding = state.outstanding.saturating_sub(taken);
-            if state.ended && state.chunks.is_empty() && !over && !blocked {
-                // A terminal has no end of file, but a character for it.
-                over = !job.terminal || !matches!(rustix::io::write(fd, b"\x04"), Err(Errno::AGAIN));
-                blocked = !over;
-            }
+        stdin.write(|pending| {
+            let taken;
+            (taken, over, blocked) = input::write(fd, pending, job.terminal);
+            // A pipe's end of file is its being closed: that comes first.
+            (taken, over.filter(|over| *over == Over::Unread))
         });
         let flags = if blocked { EventFlags::OUT } else { EventFlags::empty() };
         let _ = epoll::modify(&self.epoll, fd, EventData::new_u64(token), flags);
-        self.jobs.has_read(*tag, taken);
-        if over {
-            self.close_input(token, &job);
+        if let Some(over) = over {
+            self.close_input(token, &job, over);
         }
     }
 
-    fn close_input(&mut self, token: u64, job: &Job) {
+    fn close_input(&mut self, token: u64, job: &Job, over: Over) {
         self.remove_channel(token);
-        if let Some((tag, stdin)) = &job.stdin {
-            self.jobs.has_read(*tag, stdin.close());
+        if let Some(stdin) = &job.stdin {
+            stdin.close(over);
         }
     }
 
@@ -393,6 +373,7 @@ impl Reactor {
             return;
         };
         let drained_at = Instant::now() + DRAIN_TIME;
+        running.held = None;
         running.exit = Some(exit);
         running.drained_at = Some(drained_at);
         self.timers.insert((drained_at, id));
@@ -432,14 +413,17 @@ impl Reactor {
         self.drain(id);
         let Some(running) = self.running.remove(&id) else { return };
         for token in running.outputs {
-            if let Some((_, channel)) = self.channels.get_mut(&token) {
+            if running.job.terminal {
+                // With its last descriptor the terminal hangs up.
+                self.remove_channel(token);
+            } else if let Some((_, channel)) = self.channels.get_mut(&token) {
                 *channel = Channel::Dropped;
             }
         }
         if let Some(token) = running.input {
-            self.close_input(token, &running.job);
-        } else if let Some((tag, stdin)) = &running.job.stdin {
-            self.jobs.has_read(*tag, stdin.close());
+            self.close_input(token, &running.job, Over::Unread);
+        } else if let Some(stdin) = &running.job.stdin {
+            stdin.close(Over::Unread);
         }
         let end = JobEnd {
             reason: self.reason(&running.job, exit.status, &running.time),
@@ -482,7 +466,9 @@ impl Reactor {
         let Some(running) = self.running.get_mut(&id) else { return };
         match &mut running.time {
             Time::Until(until) if now >= *until && running.exit.is_none() => {
-                let mut descendants = Descendants::of(running.pid);
+                let leader = Leader { pid: running.pid, lives: true };
+                let group = running.job.group.clone();
+                let mut descendants = Descendants::of(leader, self.jobs.mark(running.job.number()), group);
                 descendants.refresh();
                 descendants.signal(libc::SIGTERM);
                 running.time = Time::Over { kill_at: now + TERM_TIME, descendants };

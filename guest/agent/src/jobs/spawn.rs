@@ -22,6 +22,8 @@ pub struct Setup<'a> {
     pub stdio: [RawFd; 3],
     /// Standard input is a terminal, to be the controlling one.
     pub terminal: bool,
+    /// The list of the control group to be in.
+    pub group: Option<RawFd>,
 }
 
 /// How far the child came.
@@ -167,6 +169,10 @@ unsafe fn enter(child: &Child, setup: &Setup<'_>) -> Result<(), Stage> {
         }
         libc::sigprocmask(libc::SIG_SETMASK, &child.mask, std::ptr::null_mut());
         ok(libc::setsid().into(), Stage::Setup)?;
+        if let Some(group) = setup.group {
+            // Without it the job is found by other means.
+            libc::write(group, c"0".as_ptr().cast(), 1);
+        }
         for (number, fd) in setup.stdio.iter().enumerate() {
             ok(libc::dup2(*fd, number as RawFd).into(), Stage::Setup)?;
         }

@@ -1,17 +1,18 @@
 //! Starting a job.
 
-use super::command::{self, Program};
+use super::command::{self, Program, Surroundings};
 use super::job::{Job, JobError, NewJob, errno_text};
 use super::reactor::{Command, Watch};
 use super::spawn::{Setup, SpawnError, Stage, spawn};
 use super::users::{self, User};
 use super::{Jobs, Kill};
+use crate::credential::git_config;
 use crate::info::unix_millis;
-use crate::session::Stdin;
+use crate::session::Over;
 use machinefs_protocol::job::{ExitReason, JobEnd, JobSpec, Source};
 use rustix::fs::{Mode, OFlags};
 use rustix::pty::OpenptFlags;
-use rustix::termios::Winsize;
+use rustix::termios::{InputModes, OptionalActions, Winsize};
 use std::ffi::CString;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -24,6 +25,8 @@ struct Channels {
     job: [OwnedFd; 3],
     output: Vec<(Source, OwnedFd)>,
     input: Option<OwnedFd>,
+    /// For a terminal: the agent's end once more.
+    terminal: Option<OwnedFd>,
 }
 
 /// Why a job does not run though it was taken.
@@ -44,22 +47,17 @@ impl Jobs {
     ///
     /// # Errors
     /// [`JobError::Exists`], [`JobError::Closing`].
-    pub fn start(
-        &self,
-        number: u64,
-        spec: &JobSpec,
-        script: &[u8],
-        stdin: Option<(u64, Arc<Stdin>)>,
-    ) -> Result<(u32, u64), JobError> {
-        let seconds = u64::from(spec.timeout_secs);
+    pub fn start(&self, number: u64, spec: &JobSpec, script: &[u8]) -> Result<(u32, u64), JobError> {
+        let id = self.next_id();
         let job = Arc::new(Job::new(NewJob {
             number,
-            id: self.next_id(),
+            id,
             output_limit: spec.output_limit,
-            stdin,
-            timeout: (seconds > 0).then(|| Duration::from_secs(seconds)),
+            stdin: spec.stdin.then(Arc::default),
+            timeout: (spec.timeout_ms > 0).then(|| Duration::from_millis(spec.timeout_ms)),
             terminal: spec.tty.is_some(),
             oom_kills: self.oom_kills.count(),
+            group: self.groups.make(number, id).map(Arc::new),
         }));
         {
             let mut table = self.table.lock();
@@ -77,8 +75,8 @@ impl Jobs {
                 let now = unix_millis();
                 job.set_started(0, now);
                 job.append(Source::Stderr, format!("machinefs: {}\n", failure.message).as_bytes());
-                if let Some((tag, stdin)) = &job.stdin {
-                    self.has_read(*tag, stdin.close());
+                if let Some(stdin) = &job.stdin {
+                    stdin.close(Over::Unread);
                 }
                 let reason = ExitReason::NotStarted(failure.errno);
                 let log_end = job.log_end();
@@ -97,14 +95,22 @@ impl Jobs {
         };
         let cwd = if spec.cwd.is_empty() { &user.home } else { &spec.cwd };
         let cwd = CString::new(cwd.as_slice()).map_err(|_| JobError::Nul("working directory"))?;
+        let surroundings = Surroundings {
+            secrets: self.secrets.variables(),
+            job: job.number(),
+            mark: self.mark(job.number()),
+            git: &|count| git_config(&self.secrets, count),
+        };
+        self.secrets.add_user(user.uid);
         let channels = channels(spec, &user).map_err(|error| JobError::io("making its pipes", &error))?;
         let unique = format!("job-{}.{}-{}", job.number(), std::process::id(), job.id);
         let mut program = {
             // Script::create: nobody may fork meanwhile.
             let _children = self.children.lock();
-            command::prepare(spec, script, &user, &unique)?
+            command::prepare(spec, script, &user, &surroundings, &unique)?
         };
         let [stdin, stdout, stderr] = &channels.job;
+        let entry = job.group.as_ref().and_then(|group| group.entry().ok());
         let setup = Setup {
             program: &program,
             user: (own != user.uid || own == 0).then_some(&user),
@@ -112,6 +118,7 @@ impl Jobs {
             other_cwd: spec.cwd.is_empty().then_some(c"/"),
             stdio: [stdin.as_raw_fd(), stdout.as_raw_fd(), stderr.as_raw_fd()],
             terminal: job.terminal,
+            group: entry.as_ref().map(AsRawFd::as_raw_fd),
         };
         // Before the fork: the job may have ended by the time this thread goes on.
         let started_ms = unix_millis();
@@ -134,13 +141,15 @@ impl Jobs {
                 return Err(explain(&error, spec, &program));
             }
         };
-        drop(channels.job);
         job.keep_script(program.script.take());
+        job.keep_terminal(channels.terminal);
+        // While the agent has it open too, a job may close its terminal and open it again.
+        let held = channels.job.into_iter().next().filter(|_| job.terminal);
         let wanted = job.set_started(pid, started_ms);
-        let watch = Watch { job: job.clone(), pid, output: channels.output, input: channels.input };
+        let watch = Watch { job: job.clone(), pid, output: channels.output, input: channels.input, held };
         self.command(Command::Watch(watch));
         if !wanted {
-            let _ = self.signal_job(job, libc::SIGKILL, Kill::Descendants);
+            let _ = self.signal_job(job, libc::SIGKILL, Kill::All);
         }
         Ok(pid)
     }
@@ -179,7 +188,7 @@ fn channels(spec: &JobSpec, user: &User) -> io::Result<Channels> {
     for fd in output.iter().map(|(_, fd)| fd).chain(&input) {
         rustix::io::ioctl_fionbio(fd, true)?;
     }
-    Ok(Channels { job: [stdin, out_job.into(), err_job.into()], output, input })
+    Ok(Channels { job: [stdin, out_job.into(), err_job.into()], output, input, terminal: None })
 }
 
 fn terminal(rows: u16, columns: u16, user: &User, fed: bool) -> io::Result<Channels> {
@@ -187,6 +196,10 @@ fn terminal(rows: u16, columns: u16, user: &User, fed: bool) -> io::Result<Chann
     let master = rustix::pty::openpt(flags)?;
     rustix::pty::unlockpt(&master)?;
     let slave = rustix::pty::ioctl_tiocgptpeer(&master, flags)?;
+    // Erasing takes whole characters then; the language of jobs is UTF-8.
+    let mut modes = rustix::termios::tcgetattr(&slave)?;
+    modes.input_modes |= InputModes::IUTF8;
+    rustix::termios::tcsetattr(&slave, OptionalActions::Now, &modes)?;
     let size = Winsize { ws_row: rows, ws_col: columns, ws_xpixel: 0, ws_ypixel: 0 };
     rustix::termios::tcsetwinsize(&master, size)?;
     if user.uid != rustix::process::geteuid().as_raw() {
@@ -194,6 +207,7 @@ fn terminal(rows: u16, columns: u16, user: &User, fed: bool) -> io::Result<Chann
     }
     rustix::io::ioctl_fionbio(&master, true)?;
     let input = if fed { Some(rustix::io::fcntl_dupfd_cloexec(&master, 3)?) } else { None };
+    let terminal = Some(rustix::io::fcntl_dupfd_cloexec(&master, 3)?);
     let job = [slave.try_clone()?, slave.try_clone()?, slave];
-    Ok(Channels { job, output: vec![(Source::Stdout, master)], input })
+    Ok(Channels { job, output: vec![(Source::Stdout, master)], input, terminal })
 }

@@ -10,6 +10,7 @@
 //! there is nothing to do.
 
 use super::frames::{Frame, FrameReader, ReadError};
+use super::ports::Ports;
 use super::requests::{InFlight, Requests};
 use super::streams::Streams;
 use super::writer::Writer;
@@ -102,9 +103,10 @@ enum Violation {
 /// One connection of the host.
 pub struct Connection {
     pub(super) server: Arc<Server>,
-    pub(super) writer: Writer,
+    pub(super) writer: Arc<Writer>,
     pub(super) requests: Requests,
     pub(super) streams: Arc<Streams>,
+    pub(super) ports: Arc<Ports>,
     stream: UnixStream,
     pool: Mutex<Pool>,
     followers: Condvar,
@@ -141,9 +143,10 @@ impl Connection {
         let leader = Leader { reader, partial: HashMap::new(), partial_bytes: 0 };
         Arc::new(Connection {
             server,
-            writer,
+            writer: Arc::new(writer),
             requests: Requests::default(),
             streams: Arc::default(),
+            ports: Arc::default(),
             stream,
             pool: Mutex::new(Pool {
                 reader: Some(Box::new(leader)),
@@ -192,6 +195,7 @@ impl Connection {
         }
         let _ = self.stream.shutdown(Shutdown::Both);
         self.streams.close();
+        self.ports.close();
         self.requests.cancel_all(self.server.interrupter());
         let _pool = self.pool.lock();
         self.followers.notify_all();
@@ -376,7 +380,7 @@ impl Connection {
         let more = header.flags & FLAG_MORE != 0;
         match header.kind {
             Kind::Request => {
-                let state = self.requests.add(tag, starts_job(&meta)).ok_or(Violation::Tag(tag))?;
+                let state = self.requests.add(tag).ok_or(Violation::Tag(tag))?;
                 let pace = pace(&meta, data.len());
                 let (deadline_ms, arrived) = (header.deadline_ms, Instant::now());
                 let work = Work { tag, meta, body: data, deadline_ms, arrived, state, pace };
@@ -404,23 +408,25 @@ impl Connection {
             Kind::Cancel => {
                 self.requests.cancel(tag, self.server.interrupter());
                 self.streams.detach(tag);
+                self.ports.reset(tag);
                 Ok(None)
             }
             Kind::Credit => {
                 let credit: Credit = decode_meta(&meta)?;
                 self.streams.credit(tag, credit.bytes);
+                self.ports.credit(tag, credit.bytes);
                 Ok(None)
             }
             Kind::Data => {
                 if leader.partial.contains_key(&tag) {
                     return Err(Violation::Early(tag));
                 }
-                // A job's input may come right behind the request that starts it.
-                let early = self.requests.feed(tag, || self.server.stdin_of(tag, true));
-                if let Some(stdin) = early.unwrap_or_else(|| self.server.stdin_of(tag, false)) {
-                    let dropped = stdin.push(data).map_err(|_| Violation::Credit(tag))?;
-                    self.streams.give(tag, dropped);
-                    self.server.jobs().feed(&stdin);
+                // What comes for a stream that has ended meanwhile is dropped.
+                if let Some(stdin) = self.streams.input(tag) {
+                    let writer = stdin.push(tag, data).map_err(|_| Violation::Credit(tag))?;
+                    self.server.jobs().feed(writer);
+                } else if !self.ports.push(tag, data) {
+                    return Err(Violation::Credit(tag));
                 }
                 Ok(None)
             }
@@ -462,30 +468,5 @@ fn pace(meta: &[u8], data: usize) -> Pace {
         )) => Pace::Ordinary,
         Ok(Request::Ping | Request::File(_)) => Pace::Quick,
         _ => Pace::Ordinary,
-    }
-}
-
-/// Whether a request starts a job. Only the variant is decoded, which comes first.
-fn starts_job(meta: &[u8]) -> bool {
-    meta.first() == Some(&JOB_START)
-}
-
-/// The variant's place in [`Request`].
-const JOB_START: u8 = 2;
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use machinefs_protocol::frame::encode_meta;
-
-    #[test]
-    fn starts_are_told_from_their_first_byte() {
-        let mut meta = Vec::new();
-        encode_meta(&Request::JobStart { job: 7, spec_len: 9 }, &mut meta).unwrap();
-        assert!(starts_job(&meta));
-        for other in [Request::Ping, Request::JobAttach { job: 7, offset: 0 }, Request::JobList] {
-            encode_meta(&other, &mut meta).unwrap();
-            assert!(!starts_job(&meta));
-        }
     }
 }

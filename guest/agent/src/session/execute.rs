@@ -3,7 +3,7 @@
 use super::connection::{Connection, Work};
 use super::requests::InFlight;
 use crate::files::Cancelled;
-use crate::jobs::{JobError, Kill};
+use crate::jobs::{JobError, Kill, errno_text};
 use machinefs_protocol::frame::{Kind, decode_meta, encode_meta};
 use machinefs_protocol::job::JobSpec;
 use machinefs_protocol::message::{Failure, Reply, Request};
@@ -62,10 +62,35 @@ impl Connection {
                 let (spec, script) = JobSpec::from_start_body(*spec_len, body)
                     .map_err(|error| failure(libc::EINVAL, format!("the job's description: {error}")))?;
                 self.streams.hold(*job);
-                let stdin = if spec.stdin { self.server.stdin_of(tag, true) } else { None };
-                let stdin = stdin.map(|stdin| (tag, stdin));
-                let (pid, started_ms) = jobs.start(*job, &spec, script, stdin)?;
+                let (pid, started_ms) = jobs.start(*job, &spec, script)?;
                 plain(Reply::Started { pid, started_ms })
+            }
+            Request::JobStdin { job, offset } => {
+                let stdin = jobs.get(*job)?.stdin.clone();
+                let stdin = stdin.ok_or_else(|| failure(libc::ENOENT, format!("job {job} is fed no input")))?;
+                let taken = self.streams.add_input(tag, stdin.clone());
+                taken.map_err(|error| failure(error.errno(), error.to_string()))?;
+                let begun = stdin.open(tag, self.streams.clone(), *offset).map_err(|error| {
+                    self.streams.remove_input(tag);
+                    failure(error.errno(), error.to_string())
+                })?;
+                plain(Reply::Stdin { offset: begun.offset, credit: begun.credit, ended: begun.ended })
+            }
+            Request::JobResize { job, rows, cols } => {
+                jobs.get(*job)?.resize(*rows, *cols)?;
+                plain(Reply::Ok)
+            }
+            Request::Connect { port } => {
+                let connected = self.ports.connect(tag, *port, &self.writer, state);
+                connected.map_err(|error| {
+                    let errno = error.raw_os_error().unwrap_or(libc::EIO);
+                    failure(errno, format!("port {port}: {}", errno_text(errno)))
+                })?;
+                plain(Reply::Ok)
+            }
+            Request::SetSecrets => {
+                self.server.secrets().replace(body).map_err(|error| failure(libc::EINVAL, error.to_string()))?;
+                plain(Reply::Ok)
             }
             Request::JobAttach { job, offset } => {
                 let job = jobs.get(*job)?;
@@ -74,7 +99,7 @@ impl Connection {
                 plain(Reply::Ok)
             }
             Request::JobSignal { job, signal, all } => {
-                jobs.signal(*job, *signal, if *all { Kill::Descendants } else { Kill::Group })?;
+                jobs.signal(*job, *signal, if *all { Kill::All } else { Kill::Group })?;
                 plain(Reply::Ok)
             }
             Request::JobList => {
@@ -82,9 +107,7 @@ impl Connection {
                 Ok((Reply::Jobs, list.map_err(|error| failure(libc::EOVERFLOW, error.to_string()))?))
             }
             Request::JobForget { job } => {
-                if let Some(input) = jobs.forget(*job)? {
-                    self.server.drop_stdin(input);
-                }
+                jobs.forget(*job)?;
                 plain(Reply::Ok)
             }
             Request::Info => plain(Reply::Info(crate::info::gather(&self.server))),
@@ -103,13 +126,13 @@ impl Connection {
     /// What has to come after the answer.
     fn afterwards(&self, request: &Request<'_>, body: &[u8], tag: u64, succeeded: bool) {
         match request {
-            Request::JobStart { job, spec_len } => {
-                self.streams.release(*job);
-                let fed = JobSpec::from_start_body(*spec_len, body).is_ok_and(|(spec, _)| spec.stdin);
-                if !succeeded || !fed {
-                    self.server.drop_stdin(tag);
+            Request::JobStart { job, .. } => self.streams.release(*job),
+            Request::JobStdin { .. } if succeeded => {
+                if let Some(stdin) = self.streams.input(tag) {
+                    stdin.release(tag);
                 }
             }
+            Request::Connect { .. } if succeeded => self.ports.release(tag),
             Request::JobAttach { job, offset } if succeeded => {
                 // Either may be gone by now: the job forgotten, or the offset's record dropped (then a gap follows).
                 if let Ok(job) = self.server.jobs().get(*job)

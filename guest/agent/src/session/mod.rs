@@ -1,8 +1,9 @@
-//! One connection of the host: frames in and out, requests side by side, streams of output.
+//! One connection of the host: frames in and out, requests side by side, streams.
 
 mod connection;
 mod execute;
 mod frames;
+mod ports;
 mod requests;
 mod stdin;
 mod streams;
@@ -11,6 +12,6 @@ mod writer;
 pub use connection::Connection;
 pub use frames::FrameReader;
 pub use requests::Interrupter;
-pub use stdin::Stdin;
+pub use stdin::{Over, Pending, Stdin};
 pub use streams::Streams;
 pub use writer::Writer;

@@ -13,8 +13,6 @@ use std::time::Duration;
 #[derive(Debug, Default)]
 pub struct InFlight {
     cancelled: AtomicBool,
-    /// It starts a job, whose input may come right behind it.
-    starts_job: bool,
     phase: Mutex<Phase>,
 }
 
@@ -64,20 +62,11 @@ pub struct Requests(Mutex<HashMap<u64, Arc<InFlight>>>);
 
 impl Requests {
     /// Adds a request; `None` when one of that tag is still there.
-    pub fn add(&self, tag: u64, starts_job: bool) -> Option<Arc<InFlight>> {
+    pub fn add(&self, tag: u64) -> Option<Arc<InFlight>> {
         match self.0.lock().entry(tag) {
             Entry::Occupied(_) => None,
-            Entry::Vacant(vacant) => {
-                let request = Arc::new(InFlight { starts_job, ..InFlight::default() });
-                Some(vacant.insert(request).clone())
-            }
+            Entry::Vacant(vacant) => Some(vacant.insert(Arc::default()).clone()),
         }
-    }
-
-    /// Does something for data under the tag of a request that starts a job, if that is there; it cannot end meanwhile.
-    pub fn feed<T>(&self, tag: u64, work: impl FnOnce() -> T) -> Option<T> {
-        let requests = self.0.lock();
-        requests.get(&tag).filter(|request| request.starts_job).map(|_| work())
     }
 
     /// Removes an executed request.

@@ -1,8 +1,8 @@
-//! Streams of job output on one connection, fed by one thread of their own: neither a job nor another request waits
-//! for a slow reader.
+//! Streams of job output and input on one connection. One thread of their own sends for them: neither a job nor
+//! another request waits for a slow reader.
 
-use super::Writer;
-use crate::jobs::Job;
+use super::{Stdin, Writer};
+use crate::jobs::{Job, errno_text};
 use machinefs_protocol::frame::{Kind, MAX_DATA, encode_meta};
 use machinefs_protocol::job::{INITIAL_CREDIT, JobEnd, MAX_RECORD, RECORD_HEADER};
 use machinefs_protocol::joblog::{Cursor, LogError};
@@ -59,8 +59,12 @@ struct Table {
     events: VecDeque<(u64, JobEnd)>,
     /// Jobs whose start is not answered yet, and their ends if they have ended meanwhile.
     held: HashMap<u64, Option<JobEnd>>,
+    /// Inputs of jobs, by the tags of their streams.
+    inputs: HashMap<u64, Arc<Stdin>>,
     /// Credit to give to the host for what jobs have read, by tag.
     credits: HashMap<u64, u64>,
+    /// Streams of input that have come to their end, and why if not by the host's will.
+    finished: VecDeque<(u64, Option<i32>)>,
     sending: bool,
     closed: bool,
 }
@@ -76,6 +80,7 @@ struct Stream {
 /// What the thread does next.
 enum Step {
     Credit(u64, u64),
+    Finished(u64, Option<i32>),
     Event(u64, JobEnd),
     Stream { tag: u64, job: Arc<Job>, cursor: Cursor, credit: u64 },
 }
@@ -121,6 +126,9 @@ impl Table {
         if let Some(tag) = self.credits.keys().next().copied() {
             return self.credits.remove(&tag).map(|bytes| Step::Credit(tag, bytes));
         }
+        if let Some((tag, errno)) = self.finished.pop_front() {
+            return Some(Step::Finished(tag, errno));
+        }
         if let Some((job, end)) = self.events.pop_front() {
             return Some(Step::Event(job, end));
         }
@@ -142,10 +150,10 @@ impl Streams {
     /// [`StreamError`].
     pub fn check(&self, tag: u64) -> Result<(), StreamError> {
         let table = self.table.lock();
-        if table.streams.contains_key(&tag) {
+        if table.streams.contains_key(&tag) || table.inputs.contains_key(&tag) {
             return Err(StreamError::Taken);
         }
-        if table.streams.len() >= MAX_STREAMS { Err(StreamError::TooMany) } else { Ok(()) }
+        if table.streams.len() + table.inputs.len() >= MAX_STREAMS { Err(StreamError::TooMany) } else { Ok(()) }
     }
 
     /// Starts a stream of that job's log, unless the connection is closed or the tag was taken meanwhile.
@@ -170,6 +178,38 @@ impl Streams {
         }
     }
 
+    /// What comes under that tag from now on is for that input.
+    ///
+    /// # Errors
+    /// [`StreamError`].
+    pub fn add_input(&self, tag: u64, stdin: Arc<Stdin>) -> Result<(), StreamError> {
+        self.check(tag)?;
+        let mut table = self.table.lock();
+        if !table.closed {
+            table.inputs.insert(tag, stdin);
+        }
+        Ok(())
+    }
+
+    /// The input that is fed under that tag.
+    pub fn input(&self, tag: u64) -> Option<Arc<Stdin>> {
+        self.table.lock().inputs.get(&tag).cloned()
+    }
+
+    /// Nothing is fed under that tag any more.
+    pub fn remove_input(&self, tag: u64) -> Option<Arc<Stdin>> {
+        self.table.lock().inputs.remove(&tag)
+    }
+
+    /// A stream of input has come to its end; with an errno if that was not as the host wanted it.
+    pub fn finish(&self, tag: u64, errno: Option<i32>) {
+        let mut table = self.table.lock();
+        if table.inputs.remove(&tag).is_some() {
+            table.finished.push_back((tag, errno));
+            self.wake.notify_one();
+        }
+    }
+
     /// Gives the host credit.
     pub fn give(&self, tag: u64, bytes: u64) {
         let mut table = self.table.lock();
@@ -182,6 +222,9 @@ impl Streams {
     /// The host ends a stream.
     pub fn detach(&self, tag: u64) {
         self.table.lock().remove(tag);
+        if let Some(stdin) = self.remove_input(tag) {
+            stdin.withdraw(tag);
+        }
     }
 
     /// The job has new output.
@@ -225,9 +268,12 @@ impl Streams {
 
     /// Ends the thread.
     pub fn close(&self) {
-        let mut table = self.table.lock();
-        *table = Table { closed: true, ..Table::default() };
-        self.wake.notify_all();
+        // Dropped outside of the lock: with an input a job may go, and with that what it had on another connection.
+        let _all = {
+            let mut table = self.table.lock();
+            self.wake.notify_all();
+            std::mem::replace(&mut *table, Table { closed: true, ..Table::default() })
+        };
     }
 
     /// Waits until all there is to send was sent, or the time is over. Streams without credit do not count.
@@ -236,7 +282,11 @@ impl Streams {
         let mut table = self.table.lock();
         let busy = |table: &mut Table| {
             !table.closed
-                && (table.sending || !(table.credits.is_empty() && table.events.is_empty() && table.ready.is_empty()))
+                && (table.sending
+                    || !table.credits.is_empty()
+                    || !table.finished.is_empty()
+                    || !table.events.is_empty()
+                    || !table.ready.is_empty())
         };
         self.idle.wait_while_until(&mut table, busy, until);
     }
@@ -267,6 +317,11 @@ impl Streams {
             Step::Credit(tag, bytes) => {
                 encode_meta(&Credit { bytes }, &mut meta).map_err(io::Error::other)?;
                 writer.send(Kind::Credit, 0, tag, &meta, &[])
+            }
+            Step::Finished(tag, None) => writer.send(Kind::Data, 0, tag, &[], &[]),
+            Step::Finished(tag, Some(errno)) => {
+                encode_meta(&Failure { errno, message: errno_text(errno) }, &mut meta).map_err(io::Error::other)?;
+                writer.send(Kind::Error, 0, tag, &meta, &[])
             }
             Step::Event(job, end) => {
                 encode_meta(&Event::JobEnded { job, end }, &mut meta).map_err(io::Error::other)?;

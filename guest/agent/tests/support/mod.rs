@@ -114,6 +114,12 @@ pub struct Frame {
 }
 
 impl Frame {
+    /// The errno of an error frame.
+    pub fn errno(&self) -> i32 {
+        assert_eq!(self.header.kind, Kind::Error);
+        decode_meta::<Failure>(&self.meta).unwrap().errno
+    }
+
     /// What a credit frame gives.
     pub fn credit(&self) -> u64 {
         assert_eq!(self.header.kind, Kind::Credit);
@@ -190,10 +196,6 @@ impl Pending {
     pub fn wait_for(&self, patience: Duration) -> Option<Result<(Reply, Vec<u8>), Failure>> {
         let first = self.first.lock().unwrap().take();
         let mut frame = first.or_else(|| self.frames.recv_timeout(patience).ok())?;
-        while frame.header.kind == Kind::Credit {
-            // A job may have read its input before its start is answered.
-            frame = self.frames.recv_timeout(patience).ok()?;
-        }
         if frame.header.kind == Kind::Error {
             return Some(Err(decode_meta(&frame.meta).unwrap()));
         }
@@ -334,7 +336,21 @@ impl Client {
         self.send(&Request::JobStart { job, spec_len }, &body, 0)
     }
 
-    /// Starts a job; gives the start's pending request (its tag is that of the job's stdin) and the process.
+    /// Opens a stream of a job's input, from that offset on.
+    pub fn open_stdin(&self, job: u64, offset: u64) -> (Pending, (u64, u64, bool)) {
+        let pending = self.send(&Request::JobStdin { job, offset }, &[], 0);
+        match pending.wait() {
+            Ok((Reply::Stdin { offset, credit, ended }, _)) => (pending, (offset, credit, ended)),
+            other => panic!("stdin: {other:?}"),
+        }
+    }
+
+    /// Sends data of a stream, without a look at its credit.
+    pub fn data(&self, tag: u64, data: &[u8]) {
+        self.send_frame(Kind::Data, 0, 0, tag, None::<&()>, data);
+    }
+
+    /// Starts a job; gives the start's pending request and the process.
     pub fn start_spec(&self, job: u64, spec: JobSpec, script: &[u8]) -> (Pending, u32) {
         let pending = self.send_start(job, &spec, script);
         match pending.wait() {
