@@ -1,7 +1,10 @@
-//! The command line: `machinefs mount`, `umount`, `check`.
+//! The command line: `machinefs mount`, `umount`, `check`, `exec`, `attach`.
 
+mod attach;
 mod check;
 mod daemon;
+mod exec;
+mod job;
 mod settings;
 
 use clap::{Parser, Subcommand};
@@ -34,6 +37,11 @@ enum Command {
         #[arg(long, short)]
         lazy: bool,
     },
+    /// Run a command in a machine: outputs apart, input passed on, its exit code (125: this failed, 126: it cannot be
+    /// run, 127: there is no such program).
+    Exec(exec::ExecArgs),
+    /// Open a terminal in a machine: a shell, a command, or a job that was left with Ctrl-P Ctrl-Q.
+    Attach(attach::AttachArgs),
     /// Tell what each backend needs and lacks on this host: one line a finding, with its remedy.
     Check {
         #[command(flatten)]
@@ -46,6 +54,8 @@ pub fn main() -> ExitCode {
     let result = match Cli::parse().command {
         Command::Mount { mountpoint, args } => daemon::mount(&mountpoint, args),
         Command::Umount { mountpoint, lazy } => daemon::umount(&mountpoint, lazy),
+        Command::Exec(args) => Ok(exec::exec(&args)),
+        Command::Attach(args) => Ok(attach::attach(&args)),
         Command::Check { args } => check::check(args),
     };
     match result {

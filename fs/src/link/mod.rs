@@ -9,6 +9,7 @@
 //! than its deadline. A request that ends early is remembered until the agent answers it, so that what the late
 //! answer would have left open in the guest is given back.
 
+mod duplex;
 mod error;
 mod expect;
 mod handshake;
@@ -19,6 +20,7 @@ mod shared;
 mod stream;
 mod timer;
 
+pub use duplex::DuplexSink;
 pub use error::LinkError;
 
 use machinefs_protocol::message::{Event, Hello, Notice, Reply, Request};

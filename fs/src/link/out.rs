@@ -47,6 +47,8 @@ pub(super) enum Class {
     Control,
     /// A control frame that must not overtake what was queued before it.
     Ordered,
+    /// Data of a stream: in order, and counted against the limit.
+    Stream,
 }
 
 /// What became of the frames.
@@ -106,14 +108,14 @@ impl Out {
             return state.send_now(socket, frames);
         }
         let total: usize = frames.iter().map(Frame::len).sum();
-        let limit = if class == Class::Request { self.limit } else { self.limit.saturating_add(CONTROL_EXTRA) };
+        let limit = if matches!(class, Class::Request | Class::Stream) { self.limit } else { self.limit.saturating_add(CONTROL_EXTRA) };
         if state.queued.saturating_add(total) > limit {
             return Err(SendError::Full);
         }
         let bulk = match class {
             Class::Request => frames.len() > 1 || total > SMALL,
             Class::Control => false,
-            Class::Ordered => !state.bulk.is_empty(),
+            Class::Ordered | Class::Stream => !state.bulk.is_empty(),
         };
         state.enqueue(frames, bulk);
         Ok(Sent::Waiting)

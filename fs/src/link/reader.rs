@@ -1,11 +1,12 @@
 //! The thread that reads what the agent sends, checks it, and ends the requests it answers.
 
+use super::duplex::Heard;
 use super::error::LinkError;
 use super::shared::Shared;
 use super::stream::{Incoming, check_records};
 use super::{Response, Tag};
 use machinefs_protocol::frame::{FLAG_MORE, HEADER_LEN, Header, Kind, decode_meta};
-use machinefs_protocol::message::{Event, Failure, Reply};
+use machinefs_protocol::message::{Credit, Event, Failure, Reply};
 use rustix::event::{PollFd, PollFlags, poll};
 use std::collections::HashMap;
 use std::io;
@@ -85,10 +86,7 @@ impl Session<'_> {
             Kind::Body => self.body(&header),
             Kind::Data => self.data(&header),
             Kind::Event => self.event(&header),
-            Kind::Credit => {
-                self.link.lie("credit for no stream");
-                self.skip(header.data_len as usize)
-            }
+            Kind::Credit => self.credit(&header),
             kind @ (Kind::Hello | Kind::Request | Kind::Cancel | Kind::Notice) => {
                 Err(lie(&format_args!("a frame of kind {kind:?}")))
             }
@@ -170,9 +168,21 @@ impl Session<'_> {
                 tracing::warn!(link = self.link.name, %error, "a stream broke off");
                 sink.lost();
             }
-            None => self.link.lie("a failure of nothing that was asked"),
+            None => self.duplex_failed(header.tag, error),
         }
         Ok(())
+    }
+
+    fn duplex_failed(&mut self, tag: Tag, error: LinkError) {
+        let heard = {
+            let mut duplexes = self.link.duplexes.lock();
+            duplexes.remove(tag).map_or_else(|| duplexes.credit(tag), Heard::Last)
+        };
+        match heard {
+            Heard::Last(sink) => sink.ended(Some(error)),
+            Heard::Dead => {}
+            _ => self.link.lie("a failure of nothing that was asked"),
+        }
     }
 
     fn complete(&mut self, tag: Tag, response: Response) {
@@ -198,10 +208,7 @@ impl Session<'_> {
         let sink = match incoming {
             Incoming::Take(sink) => sink,
             Incoming::Drop => return self.skip(len),
-            Incoming::Unknown => {
-                self.link.lie("data of no stream");
-                return self.skip(len);
-            }
+            Incoming::Unknown => return self.duplex_data(tag, len),
             Incoming::Flood => return Err(lie(&"more data on a stream than was granted")),
         };
         self.input.read(self.link, &mut self.scratch, len)?;
@@ -216,6 +223,42 @@ impl Session<'_> {
         let grant = self.link.streams.lock().taken(tag, len as u64, moved);
         if let Some(bytes) = grant {
             self.link.send_credit(tag, bytes);
+        }
+        Ok(())
+    }
+
+    fn duplex_data(&mut self, tag: Tag, len: usize) -> Result<(), LinkError> {
+        let heard = self.link.duplexes.lock().incoming(tag, len as u64);
+        match heard {
+            Heard::Sink(sink) => {
+                self.input.read(self.link, &mut self.scratch, len)?;
+                sink.data(&self.scratch);
+            }
+            // Only an end is the last.
+            Heard::Last(sink) => {
+                sink.data(&[]);
+                sink.ended(None);
+            }
+            Heard::Dead => self.skip(len)?,
+            Heard::Flood => return Err(lie(&"more data on a stream than was granted")),
+            Heard::Unknown => {
+                self.link.lie("data of no stream");
+                self.skip(len)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn credit(&mut self, header: &Header) -> Result<(), LinkError> {
+        if header.data_len != 0 {
+            return Err(lie(&"credit with a body"));
+        }
+        let credit: Credit = decode_meta(&self.meta).map_err(|error| lie(&error))?;
+        let heard = self.link.duplexes.lock().credit(header.tag);
+        match heard {
+            Heard::Sink(sink) => sink.credit(credit.bytes),
+            Heard::Dead => {}
+            _ => self.link.lie("credit for no stream"),
         }
         Ok(())
     }

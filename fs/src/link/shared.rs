@@ -3,6 +3,7 @@
 mod late;
 mod overdue;
 
+use super::duplex::Duplexes;
 use super::error::LinkError;
 use super::expect::{Expect, expectation};
 use super::out::{Class, Frame, Out, SendError, Sent};
@@ -71,6 +72,7 @@ pub(super) struct Shared {
     out: Out,
     table: Mutex<Table>,
     pub streams: Mutex<Streams>,
+    pub duplexes: Mutex<Duplexes>,
     forgets: Mutex<HashMap<u64, u64>>,
     events: Mutex<Option<Arc<dyn LinkEvents>>>,
     op_deadline: Micros,
@@ -101,6 +103,7 @@ impl Shared {
             out: Out::new(1, QUEUE_LIMIT),
             table: Mutex::default(),
             streams: Mutex::default(),
+            duplexes: Mutex::default(),
             forgets: Mutex::default(),
             events: Mutex::new(Some(options.events)),
             op_deadline: micros(options.op_deadline),
@@ -251,7 +254,7 @@ impl Shared {
         self.send(&frames, class)
     }
 
-    fn send(&self, frames: &[Frame<'_>], class: Class) -> Result<(), SendError> {
+    pub(super) fn send(&self, frames: &[Frame<'_>], class: Class) -> Result<(), SendError> {
         if self.out.send(&self.socket, frames, class)? == Sent::Waiting {
             self.watch();
         }
@@ -437,7 +440,7 @@ impl Shared {
     }
 
     /// The link cannot go on: its reader ends it, so that no thread of somebody else's has to.
-    fn break_off(&self, reason: LinkError) {
+    pub(super) fn break_off(&self, reason: LinkError) {
         self.broken.lock().get_or_insert(reason);
         let _ = self.socket.shutdown(Shutdown::Both);
     }
@@ -467,6 +470,10 @@ impl Shared {
         let sinks = self.streams.lock().drain();
         for sink in sinks {
             sink.lost();
+        }
+        let sinks = self.duplexes.lock().drain();
+        for sink in sinks {
+            sink.ended(Some(reason.clone()));
         }
         let events = self.events.lock().take();
         if let Some(events) = events {

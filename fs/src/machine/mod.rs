@@ -4,6 +4,8 @@
 pub mod config;
 pub mod error;
 pub mod events;
+pub mod forward;
+pub mod input;
 mod info;
 pub mod job;
 pub mod jobs;
@@ -11,6 +13,7 @@ pub mod output;
 pub mod registry;
 mod runner;
 mod silence;
+pub mod setup;
 pub mod state;
 mod store;
 pub mod textlog;

@@ -1,0 +1,256 @@
+//! `machinefs attach`: a terminal in a machine, by the files of a job alone.
+
+use super::exec::{SetupArgs, argv};
+use super::job::{Job, machine_dir};
+use clap::Args;
+use rustix::termios::{self, OptionalActions, Termios, Winsize};
+use std::io::{self, IsTerminal, Read, Write};
+use std::process::ExitCode;
+use std::sync::Arc;
+use tokio::signal::unix::{SignalKind, signal};
+
+/// Size of a terminal that is none.
+const ROWS: u16 = 24;
+/// See [`ROWS`].
+const COLUMNS: u16 = 80;
+/// Ctrl-P, then Ctrl-Q, leave the job alone, as in docker.
+const DETACH: [u8; 2] = [0x10, 0x11];
+/// The command where none is given: the user's shell, as at a login.
+const SHELL: &[u8] = b"exec \"${SHELL:-/bin/sh}\" -l\n";
+/// What is returned when attaching itself fails.
+const FAILED: u8 = 125;
+
+/// What to attach to.
+#[derive(Args)]
+pub struct AttachArgs {
+    /// The machine: its name in /sandboxes (or MACHINEFS_MOUNT), or the path of its directory.
+    machine: String,
+    /// A program and its arguments; without one, a shell.
+    #[arg(last = true)]
+    command: Vec<std::ffi::OsString>,
+    /// A job that runs already, as it was left with Ctrl-P Ctrl-Q: its name in `jobs`.
+    #[arg(long, short, conflicts_with_all = ["command", "user", "workdir", "env", "timeout"])]
+    job: Option<String>,
+    #[command(flatten)]
+    setup: SetupArgs,
+}
+
+/// How it ended here.
+enum End {
+    /// The job has ended, with that code.
+    Exit(u8),
+    /// The user left.
+    Detached,
+}
+
+/// Attaches; the exit code is the job's.
+pub fn attach(args: &AttachArgs) -> ExitCode {
+    match run(args) {
+        Ok(code) => code.into(),
+        Err(message) => {
+            eprintln!("machinefs attach: {message}");
+            FAILED.into()
+        }
+    }
+}
+
+fn run(args: &AttachArgs) -> Result<u8, String> {
+    let machine = machine_dir(&args.machine)?;
+    let job = match &args.job {
+        Some(name) => Arc::new(Job::open(&machine, name)?),
+        None => Arc::new(Job::create(&machine, "attach")?),
+    };
+    let end = if args.job.is_none() { start(args, &job) } else { Ok(()) }.and_then(|()| serve(&job));
+    match end {
+        Ok(End::Exit(code)) => {
+            job.remove();
+            Ok(code)
+        }
+        Ok(End::Detached) => {
+            eprintln!("\r\nleft; to come back: machinefs attach {} --job {}", args.machine, job.name());
+            Ok(0)
+        }
+        Err(message) => {
+            if args.job.is_none() {
+                job.remove();
+            }
+            Err(message)
+        }
+    }
+}
+
+fn start(args: &AttachArgs, job: &Job) -> Result<(), String> {
+    args.setup.write(job)?;
+    let size = size();
+    job.write("tty", format!("{} {}", size.ws_row, size.ws_col).as_bytes())?;
+    match args.command.as_slice() {
+        [] => job.write("cmd", SHELL),
+        command => job.write("argv", &argv(command)),
+    }
+}
+
+fn size() -> Winsize {
+    let fallback = Winsize { ws_row: ROWS, ws_col: COLUMNS, ws_xpixel: 0, ws_ypixel: 0 };
+    let size = termios::tcgetwinsize(io::stdin()).or_else(|_| termios::tcgetwinsize(io::stdout())).unwrap_or(fallback);
+    if size.ws_row == 0 || size.ws_col == 0 { fallback } else { size }
+}
+
+/// The terminal passes every key on, until this is dropped.
+struct Raw(Option<Termios>);
+
+impl Raw {
+    fn enter() -> Raw {
+        let stdin = io::stdin();
+        if !stdin.is_terminal() {
+            return Raw(None);
+        }
+        let saved = termios::tcgetattr(&stdin).ok();
+        if let Some(saved) = &saved {
+            let mut raw = saved.clone();
+            raw.make_raw();
+            // Where it cannot be set, lines arrive when they are complete.
+            let _ = termios::tcsetattr(&stdin, OptionalActions::Drain, &raw);
+        }
+        Raw(saved)
+    }
+}
+
+impl Drop for Raw {
+    fn drop(&mut self) {
+        if let Some(saved) = &self.0 {
+            // Nothing is left to be done about it.
+            let _ = termios::tcsetattr(io::stdin(), OptionalActions::Drain, saved);
+        }
+    }
+}
+
+fn serve(job: &Arc<Job>) -> Result<End, String> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    let runtime = runtime.map_err(|error| format!("cannot start the runtime: {error}"))?;
+    let end = runtime.block_on(async {
+        let failed = |error: io::Error| format!("cannot wait for signals: {error}");
+        let mut resized = signal(SignalKind::window_change()).map_err(failed)?;
+        let mut ends = [SignalKind::terminate(), SignalKind::hangup()].map(signal).into_iter();
+        let (mut terminate, mut hangup) = match (ends.next(), ends.next()) {
+            (Some(terminate), Some(hangup)) => (terminate.map_err(failed)?, hangup.map_err(failed)?),
+            _ => return Err("cannot wait for signals".to_string()),
+        };
+        let raw = Raw::enter();
+        // Its size may have changed since the start, or since somebody else was here.
+        resize(job);
+        let (leave, mut left) = tokio::sync::mpsc::unbounded_channel();
+        let typed = job.clone();
+        // Ends with the process: a read of the terminal cannot be called off.
+        std::thread::spawn(move || {
+            if pass_input(&typed) {
+                let _ = leave.send(());
+            } else {
+                // The channel stays open: nobody left.
+                std::mem::forget(leave);
+            }
+        });
+        let printing = job.clone();
+        let mut printed = tokio::task::spawn_blocking(move || printing.copy_output("out", &mut io::stdout()));
+        let end = loop {
+            tokio::select! {
+                copied = &mut printed => {
+                    break match copied {
+                        Ok(Ok(())) => Ok(None),
+                        Ok(Err(error)) => Err(format!("{}: {error}", job.path("out").display())),
+                        Err(error) => Err(error.to_string()),
+                    };
+                }
+                _ = left.recv() => break Ok(Some(End::Detached)),
+                _ = resized.recv() => resize(job),
+                _ = terminate.recv() => break Ok(Some(End::Detached)),
+                _ = hangup.recv() => break Ok(Some(End::Detached)),
+            }
+        };
+        drop(raw);
+        end
+    })?;
+    // The thread that prints may be waiting for more.
+    runtime.shutdown_background();
+    match end {
+        Some(end) => Ok(end),
+        None => job.exit().map(End::Exit),
+    }
+}
+
+fn resize(job: &Job) {
+    let size = size();
+    // One that has ended has no size.
+    let _ = job.ctl(&format!("winsize {} {}", size.ws_row, size.ws_col));
+}
+
+/// Passes on what is typed, until the user leaves (then `true`) or there is no more.
+fn pass_input(job: &Job) -> bool {
+    let Ok(mut input) = job.input() else { return false };
+    let mut keys = Keys::default();
+    let mut buffer = [0; 4096];
+    loop {
+        let count = match io::stdin().lock().read(&mut buffer) {
+            Ok(0) => {
+                let _ = job.ctl("eof");
+                return false;
+            }
+            Ok(count) => count,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+            Err(_) => return false,
+        };
+        let (typed, leaves) = keys.pass(buffer.get(..count).unwrap_or_default());
+        if input.write_all(&typed).is_err() {
+            // The daemon is away for a moment, or the job has ended.
+            std::thread::sleep(std::time::Duration::from_millis(300));
+            match job.input() {
+                Ok(mut again) if again.write_all(&typed).is_ok() => input = again,
+                _ => return false,
+            }
+        }
+        if leaves {
+            return true;
+        }
+    }
+}
+
+/// Looks for the keys that leave.
+#[derive(Default)]
+struct Keys {
+    /// The first of them was typed, and held back.
+    held: bool,
+}
+
+impl Keys {
+    /// What is to be passed on, and whether the user leaves.
+    fn pass(&mut self, typed: &[u8]) -> (Vec<u8>, bool) {
+        let mut passed = Vec::with_capacity(typed.len() + 1);
+        for &key in typed {
+            if std::mem::take(&mut self.held) {
+                if key == DETACH[1] {
+                    return (passed, true);
+                }
+                passed.push(DETACH[0]);
+            }
+            if key == DETACH[0] {
+                self.held = true;
+            } else {
+                passed.push(key);
+            }
+        }
+        (passed, false)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn two_keys_leave_and_nothing_else_is_lost() {
+        let mut keys = Keys::default();
+        assert_eq!(keys.pass(b"a\x10"), (b"a".to_vec(), false));
+        assert_eq!(keys.pass(b"b"), (b"\x10b".to_vec(), false));
+        assert_eq!(keys.pass(b"\x10\x10"), (b"\x10".to_vec(), false));
+        assert_eq!(keys.pass(b"\x11c"), (Vec::new(), true));
+    }
+}
