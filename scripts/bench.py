@@ -14,15 +14,22 @@ import random
 import shutil
 import signal
 import socket
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
+from bench_table import Table, ms, us
+
 LIBC = ctypes.CDLL(None, use_errno=True)
 CLONE_NEWNS = 0x0002_0000
+
+
+def spawn(*argv, stderr=subprocess.DEVNULL):
+    """Starts a server, in a session of its own: Ctrl-C is for us, who then end it."""
+    return subprocess.Popen([str(a) for a in argv], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=stderr,
+                            start_new_session=True)
 
 
 class Unavailable(Exception):
@@ -127,8 +134,8 @@ def timed(action, *arguments):
 
 
 def shell(script):
-    """Seconds that a shell takes for a script."""
-    return timed(lambda: run("sh", "-c", script))
+    """Seconds that a shell takes for a script, with its own start."""
+    return timed(lambda: run("sh", "-euc", script))
 
 
 class Bench:
@@ -140,8 +147,7 @@ class Bench:
         self.stack = contextlib.ExitStack()
         self.base = Path(tempfile.mkdtemp(prefix="mfs-bench.", dir=os.environ.get("TMPDIR", "/var/tmp")))
         self.base.chmod(0o755)
-        self.rows = []
-        self.notes = []
+        self.table = Table()
         self.mount = self.base / "sandboxes"
         self.state = self.base / "state"
         self.daemon = None
@@ -152,17 +158,23 @@ class Bench:
 
     def start_machinefs(self):
         self.mount.mkdir()
-        with open(self.base / "daemon.log", "wb") as log:
-            self.daemon = subprocess.Popen(
-                [self.options.machinefs, "mount", str(self.mount), "--state-dir", str(self.state)],
-                stdin=subprocess.DEVNULL, stdout=log, stderr=log)
         self.stack.callback(self.stop_machinefs)
+        self.spawn_machinefs()
+
+    def spawn_machinefs(self):
+        with open(self.base / "daemon.log", "ab") as log:
+            self.daemon = spawn(self.options.machinefs, "mount", self.mount, "--state-dir", self.state, stderr=log)
         until("the mount", lambda: self.daemon.poll() is not None or (self.mount / "README").exists())
         if self.daemon.poll() is not None:
             sys.exit("bench: the daemon ended: " + (self.base / "daemon.log").read_text()[-2000:])
 
     def stop_machinefs(self):
-        for machine in self.mount.iterdir() if self.daemon.poll() is None else ():
+        if self.daemon is None:
+            return
+        # Machines outlive a daemon that died: its successor takes them down.
+        if self.daemon.poll() is not None:
+            self.spawn_machinefs()
+        for machine in self.mount.iterdir():
             if machine.name != ".sys" and machine.is_dir():
                 with contextlib.suppress(OSError):
                     machine.rmdir()
@@ -198,8 +210,7 @@ class Bench:
             f"SetEnv SHLVL=1\nSubsystem sftp {sftp}\n")
         if self.root:
             Path("/run/sshd").mkdir(mode=0o755, exist_ok=True)
-        self.sshd = subprocess.Popen([sshd, "-D", "-e", "-f", str(home / "sshd_config")],
-                                     stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        self.sshd = spawn(sshd, "-D", "-e", "-f", home / "sshd_config")
         self.stack.callback(self.stop, self.sshd)
         (home / "config").write_text(
             f"Host bench\n HostName 127.0.0.1\n Port {port}\n User {getpass.getuser()}\n IdentityFile {home}/user\n"
@@ -212,8 +223,7 @@ class Bench:
                 return probe.connect_ex(("127.0.0.1", port)) == 0
 
         until("sshd", answers, 20)
-        master = subprocess.Popen(["ssh", "-F", str(self.ssh_config), "-M", "-N", "bench"], stdin=subprocess.DEVNULL,
-                                  stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        master = spawn("ssh", "-F", self.ssh_config, "-M", "-N", "bench")
         self.stack.callback(self.stop, master)
         until("the shared connection", (home / "control").exists, 20)
 
@@ -242,8 +252,7 @@ class Bench:
                     raise Unavailable("it is not built")
                 argv = ([program, "-f", "-o", f"source={source}", where] if kind == "passthrough_ll"
                         else [program, source, where])
-                child = subprocess.Popen([str(a) for a in argv], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-                                         stderr=subprocess.DEVNULL)
+                child = spawn(*argv)
                 until(kind, lambda: os.path.ismount(where) or child.poll() is not None, 20)
                 if child.poll() is not None:
                     raise Unavailable(f"it ended with {child.returncode}")
@@ -260,7 +269,7 @@ class Bench:
         self.passthrough = None
         source = "/usr/share/doc/libfuse3-dev/examples/passthrough_ll.c"
         if not os.path.exists(source):
-            self.notes.append("passthrough_ll: its source is not installed (libfuse3-dev's examples)")
+            self.table.note("passthrough_ll: its source is not installed (libfuse3-dev's examples)")
             return
         flags = run("pkg-config", "fuse3", "--cflags", "--libs").decode().split()
         run("cc", "-O2", "-o", self.base / "passthrough_ll", source, *flags)
@@ -298,53 +307,31 @@ class Bench:
 
     # The table
 
-    def row(self, work, unit, candidates, runs=None):
-        """Measures the candidates in turn. Each is a name and a function that gives one figure in seconds."""
+    def row(self, work, unit, candidates, aims=None, runs=None):
+        """Measures the candidates in turn. Each is a name and a function that gives one figure in seconds.
+
+        `aims`: how many times as fast as a peer machinefs is to be, by the peer's name.
+        """
         if self.options.rows and not any(word in work for word in self.options.rows):
             return
         runs = runs or self.options.runs
         figures = {name: [] for name, _ in candidates}
-        lost = {}
+        lost = set()
+        self.table.load()
         print(f"bench: {work}", file=sys.stderr)
+        # The first turn warms up what is no part of the question (the programs' own pages).
         for turn in range(runs + 1):
             for name, measure in candidates:
-                if name in lost:
-                    continue
-                try:
-                    figure = measure()
-                except (Unavailable, OSError, subprocess.SubprocessError) as error:
-                    lost[name] = str(error)
-                    self.notes.append(f"{work}, {name}: {error}")
-                    continue
-                # The first turn warms up what is no part of the question (the programs' own pages).
+                figure = None
+                if name not in lost:
+                    try:
+                        figure = measure()
+                    except (Unavailable, OSError, subprocess.SubprocessError) as error:
+                        lost.add(name)
+                        self.table.note(f"Not measured: {work}, {name}: {error}")
                 if turn:
                     figures[name].append(figure)
-        ours = figures[candidates[0][0]]
-        base = statistics.median(ours) if ours else None
-        for name, _ in candidates:
-            values = sorted(figures[name])
-            if not values or name in lost:
-                self.rows.append((work, name, "—", "—", "—", "0"))
-                continue
-            middle = statistics.median(values)
-            quarter = max(0, len(values) // 4)
-            spread = f"{unit(values[quarter])} – {unit(values[-1 - quarter])}"
-            ratio = f"{middle / base:.2f} ×" if base else "—"
-            self.rows.append((work, name, unit(middle), spread, ratio, str(len(values))))
-
-    def print_table(self):
-        uname = os.uname()
-        print(f"Linux {uname.release}, {os.cpu_count()} processors, {time.strftime('%Y-%m-%d')}. "
-              "Medians; the ratio is the other's time over machinefs's (above 1: machinefs is faster).\n")
-        head = ("work", "what", "median", "middle half of the runs", "ratio", "runs")
-        rows = [head, *self.rows]
-        widths = [max(len(r[i]) for r in rows) for i in range(len(head))]
-        for number, row in enumerate(rows):
-            print("| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |")
-            if number == 0:
-                print("|" + "|".join("-" * (width + 2) for width in widths) + "|")
-        for note in self.notes:
-            print(f"\nNot measured: {note}")
+        self.table.add(work, unit, figures, aims or {})
 
     # The rows
 
@@ -390,10 +377,10 @@ class Bench:
                                      *limits, "--rootfs", f"{image}:O", "sh", "-c", "echo hello"])
 
         self.row("mkdir to the first byte of out", ms, [
-            ("machinefs, the same image", machine(create)), ("crun run", crun), ("podman run", podman),
-            ("machinefs, image host", machine(Path.mkdir))])
+            ("machinefs", machine(create)), ("crun run", crun), ("podman run", podman),
+            ("machinefs, image host", machine(Path.mkdir))], {"crun run": 1 / 1.5, "podman run": 5})
         if hybrid:
-            self.notes.append("crun and podman with the v2 cgroup mount: crun refuses the hybrid layout of this host")
+            self.table.note("crun and podman ran without the v2 cgroup mount: crun refuses this host's hybrid layout.")
 
         dev = self.mount / "bench"
         dev.mkdir()
@@ -418,10 +405,11 @@ class Bench:
                               "--rootfs", f"{image}:O", "sleep", "100000"])
             self.stack.callback(podman_remove)
         self.row("echo true > exec; cat exit", ms, [
-            ("machinefs, sh and cat", lambda: shell(f"echo true > {dev}/exec; exec cat {dev}/exit")),
-            ("ssh, shared connection", lambda: timed(lambda: run("ssh", "-F", self.ssh_config, "bench", "true"))),
+            ("machinefs", lambda: shell(f"echo true > {dev}/exec; cat {dev}/exit")),
+            ("ssh, shared connection", lambda: shell(f"ssh -F {self.ssh_config} bench true; echo $?")),
             ("podman exec", podman_exec),
-            ("machinefs, one process", lambda: timed(by_hand))], runs=3 * self.options.runs)
+            ("machinefs, without a shell", lambda: timed(by_hand))],
+            {"ssh, shared connection": 3, "podman exec": 10}, runs=3 * self.options.runs)
         return dev
 
     def guest(self, dev, script):
@@ -460,7 +448,8 @@ class Bench:
             return shell(f"test $(find {where} -type f -printf '%s\\n' | wc -l) = {files // 100 * 100}")
 
         def tar(where):
-            return shell(f"tar -C {where} -cf - . | cat > /dev/null")
+            # Not to /dev/null itself: GNU tar then reads no file.
+            return timed(lambda: run("bash", "-o", "pipefail", "-c", f"tar -C {where} -cf - . | cat > /dev/null"))
 
         def create(where):
             goal = where / f"made{random.getrandbits(40)}"
@@ -473,11 +462,12 @@ class Bench:
         def candidates(action, kinds):
             return [("machinefs", machinefs_cold(action)), *((kind, peer_cold(kind, action)) for kind in kinds)]
 
-        few = max(3, self.options.runs // 3)
-        every = ("passthrough_ll", "fuser passthrough", "sshfs")
-        self.row(f"cold: find with stat of {files:,} files", ms, candidates(find, every))
-        self.row(f"cold: tar c of {files:,} small files", ms, candidates(tar, every))
-        self.row(f"create, write, close {files:,} files", ms, candidates(create, every), runs=few)
+        few = max(3, self.options.runs // 2)
+        every = ("passthrough_ll", "fuser", "sshfs")
+        self.row(f"cold: find with stat of {files:,} files", ms, candidates(find, every),
+                 {"passthrough_ll": 1, "sshfs": 2})
+        self.row(f"cold: tar c of {files:,} small files", ms, candidates(tar, every), {"sshfs": 4}, runs=few)
+        self.row(f"create, write, close {files:,} files", ms, candidates(create, every), {"sshfs": 4}, runs=few)
 
         size = self.options.mib
         run("dd", "if=/dev/urandom", f"of={source}/big", "bs=1M", f"count={size}")
@@ -504,41 +494,50 @@ class Bench:
         def rate(seconds):
             return f"{size / seconds:,.0f} MiB/s"
 
-        self.row(f"read one file of {size} MiB", rate, plain(read, every), runs=few)
-        self.row(f"write one file of {size} MiB, fsync", rate, plain(write, every), runs=few)
-        self.row("stat of an open file, from its server", us, plain(stat_each, every))
-        self.row("read of 4 KiB, not cached", us, plain(read_each, every))
+        self.row(f"read one file of {size} MiB", rate, plain(read, every),
+                 {"passthrough_ll": 0.8, "sshfs": 3}, runs=few)
+        self.row(f"write one file of {size} MiB, fsync", rate, plain(write, every),
+                 {"passthrough_ll": 0.8, "sshfs": 3}, runs=few)
+        self.row("stat of an open file, from its server", us, plain(stat_each, every), {"passthrough_ll": 1 / 1.5})
+        self.row("read of 4 KiB, not cached", us, plain(read_each, every), {"passthrough_ll": 1 / 1.5})
+
+    def measure(self):
+        self.start_machinefs()
+        try:
+            self.start_sshd()
+        except Unavailable as error:
+            self.table.note(f"Not measured: ssh and sshfs: {error}")
+        self.build_passthrough()
+        dev = self.containers()
+        if self.root:
+            self.real_files(dev)
+        else:
+            self.table.note("Not measured: the rows of files, because dropping the kernel's caches needs root")
 
     def main(self):
         with self.stack:
             self.stack.callback(lambda: shutil.rmtree(self.base, ignore_errors=True))
-            self.start_machinefs()
             try:
-                self.start_sshd()
-            except Unavailable as error:
-                self.notes.append(str(error))
-            self.build_passthrough()
-            dev = self.containers()
-            if self.root:
-                self.real_files(dev)
-            else:
-                self.notes.append("the rows of files: dropping the kernel's caches needs root")
-        self.print_table()
-
-
-def ms(seconds):
-    return f"{seconds * 1e3:,.1f} ms" if seconds < 0.1 else f"{seconds * 1e3:,.0f} ms"
-
-
-def us(seconds):
-    return f"{seconds * 1e6:,.1f} µs"
+                self.measure()
+            finally:
+                # What is being taken down is not to be left half done.
+                signal.signal(signal.SIGINT, signal.SIG_IGN)
+        self.table.load()
+        print(self.table.text(self.options.runs))
+        if self.options.write:
+            self.table.write(self.options.write, self.options.runs)
 
 
 def create_files(goal, count):
-    for number in range(count):
-        fd = os.open(goal / str(number), os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
-        os.write(fd, b"some bytes\n")
-        os.close(fd)
+    """As tar x and git checkout do it: relative to the directory."""
+    directory = os.open(goal, os.O_PATH | os.O_DIRECTORY)
+    try:
+        for number in range(count):
+            fd = os.open(str(number), os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644, dir_fd=directory)
+            os.write(fd, b"some bytes\n")
+            os.close(fd)
+    finally:
+        os.close(directory)
 
 
 def stat_each(where, count=5_000):
@@ -578,6 +577,7 @@ def arguments():
     parser.add_argument("--runs", type=int, default=11, help="turns of each row (default %(default)s)")
     parser.add_argument("--files", type=int, default=10_000, help="small files (default %(default)s)")
     parser.add_argument("--mib", type=int, default=1024, help="size of the large file (default %(default)s)")
+    parser.add_argument("--write", metavar="FILE", help="also put the table into this document, between its marks")
     parser.add_argument("rows", nargs="*", help="only rows whose name contains one of these words")
     return parser.parse_args()
 

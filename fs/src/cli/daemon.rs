@@ -24,6 +24,7 @@ pub fn mount(mountpoint: &Path, args: DaemonArgs) -> Result<ExitCode, String> {
     let settings = args.resolve()?;
     let filter = tracing_subscriber::EnvFilter::try_new(&settings.log).map_err(|error| format!("--log: {error}"))?;
     tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    guard_memory();
     let _lock = claim(&settings.state_dir)?;
     raise_descriptor_limit();
     let runtime = tokio::runtime::Builder::new_multi_thread()
@@ -47,7 +48,9 @@ async fn serve(mountpoint: &Path, settings: &Settings) -> Result<(), String> {
     tokio::task::spawn_blocking(move || ahead.prepare());
     let options = Options {
         state_dir: settings.state_dir.clone(),
-        max_machines: settings.max_machines,
+        limits: settings.limits,
+        defaults: settings.defaults.clone(),
+        key_file: settings.key_file.clone(),
         backend,
     };
     let registry = Registry::open(options).await.map_err(|error| error.to_string())?;
@@ -108,6 +111,15 @@ fn claim(state_dir: &Path) -> Result<File, String> {
         std::thread::sleep(std::time::Duration::from_millis(20));
     }
     Ok(lock)
+}
+
+/// Secrets pass through this process: it leaves no core file, and no other process of its user may look into it
+/// (PR_SET_DUMPABLE of prctl(2); programs it starts are not concerned).
+fn guard_memory() {
+    use rustix::process::DumpableBehavior;
+    if let Err(error) = rustix::process::set_dumpable_behavior(DumpableBehavior::NotDumpable) {
+        tracing::warn!(%error, "cannot keep this process out of core files");
+    }
 }
 
 /// A machine takes a handful of descriptors; the soft limit of most hosts is 1024.

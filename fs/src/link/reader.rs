@@ -9,17 +9,28 @@ use machinefs_protocol::message::{Event, Failure, Reply};
 use std::collections::HashMap;
 use std::io;
 use std::os::unix::net::UnixStream;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
 /// Bytes read ahead: enough for a handful of small replies in one system call.
 const BUFFER: usize = 16 * 1024;
 /// What a reply with more to come may take before its bytes are there.
 const AHEAD: usize = 1024 * 1024;
+/// Bytes of replies that may have begun and not ended. An agent has some 64 threads, which write at most 1 MiB each.
+const MAX_UNFINISHED: usize = 96 * 1024 * 1024;
 /// Scratch space kept between frames.
 const KEEP: usize = 16 * 1024;
 
 /// Reads until the link ends.
 pub(super) fn run(link: &Arc<Shared>) {
+    // A panic of whoever gets an answer is a defect; the link must not stay without anybody who reads it.
+    if catch_unwind(AssertUnwindSafe(|| read_all(link))).is_err() {
+        tracing::error!(link = link.name, "defect: panic in the reader of a link");
+        link.fail(LinkError::Lost("its reader has failed".into()));
+    }
+}
+
+fn read_all(link: &Arc<Shared>) {
     let mut session = Session {
         link,
         input: Input { buffer: vec![0; BUFFER], start: 0, end: 0 },
@@ -27,6 +38,7 @@ pub(super) fn run(link: &Arc<Shared>) {
         meta: Vec::new(),
         scratch: Vec::new(),
         unfinished: HashMap::new(),
+        unfinished_bytes: 0,
     };
     loop {
         if let Err(error) = session.frame() {
@@ -49,6 +61,8 @@ struct Session<'a> {
     meta: Vec<u8>,
     scratch: Vec<u8>,
     unfinished: HashMap<Tag, Unfinished>,
+    /// Bytes of their bodies.
+    unfinished_bytes: usize,
 }
 
 impl Session<'_> {
@@ -104,6 +118,7 @@ impl Session<'_> {
         self.input.read(self.link, &mut body, len)?;
         if more {
             self.unfinished.insert(tag, Unfinished { reply, body, limit });
+            self.grown(len)?;
         } else {
             self.complete(tag, Response { reply, body });
         }
@@ -119,10 +134,20 @@ impl Session<'_> {
             return Err(lie(&format_args!("a body over the {} bytes that were asked for", unfinished.limit)));
         }
         self.input.read(self.link, &mut unfinished.body, len)?;
-        if !more && let Some(Unfinished { reply, body, .. }) = self.unfinished.remove(&tag) {
+        if more {
+            return self.grown(len);
+        }
+        if let Some(Unfinished { reply, body, .. }) = self.unfinished.remove(&tag) {
+            self.unfinished_bytes = self.unfinished_bytes.saturating_sub(body.len() - len);
             self.complete(tag, Response { reply, body });
         }
         Ok(())
+    }
+
+    /// The bodies that are not complete have `len` bytes more.
+    fn grown(&mut self, len: usize) -> Result<(), LinkError> {
+        self.unfinished_bytes += len;
+        if self.unfinished_bytes > MAX_UNFINISHED { Err(lie(&"too many replies without an end")) } else { Ok(()) }
     }
 
     fn failure(&mut self, header: &Header) -> Result<(), LinkError> {

@@ -1,18 +1,22 @@
 //! The state of a link: what is pending, and how each of it ends.
 
+mod late;
+mod overdue;
+
 use super::error::LinkError;
 use super::expect::{Expect, expectation};
-use super::killed::being_killed;
 use super::out::{Class, Frame, Out, SendError, Sent};
 use super::stream::Streams;
 use super::timer::{Micros, NEVER, Timer, now};
 use super::{Done, Interrupt, LinkEvents, LinkOptions, RequestOptions, Response, Tag};
-use machinefs_protocol::file::{DirEntry, FileReply, FileRequest, Lock, ROOT};
+use late::unlock_of;
+use machinefs_protocol::file::FileRequest;
 use machinefs_protocol::frame::{FLAG_MORE, FrameError, Header, Kind, MAX_BODY, MAX_DATA, encode_meta};
-use machinefs_protocol::message::{Notice, Reply, Request};
+use machinefs_protocol::message::{Notice, Request};
 use parking_lot::Mutex;
 use std::cell::Cell;
 use std::collections::HashMap;
+use std::hash::{BuildHasher, RandomState};
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
@@ -105,7 +109,7 @@ impl Shared {
             pinging: AtomicBool::new(false),
             wake_at: AtomicU64::new(NEVER),
             lies: AtomicU32::new(0),
-            tags: AtomicU64::new(1),
+            tags: AtomicU64::new(first_tag()),
             broken: Mutex::default(),
         }
     }
@@ -421,42 +425,6 @@ impl Shared {
         true
     }
 
-    /// An answer came after its request was given up: what it made the agent hold is let go.
-    fn give_back(self: &Arc<Self>, response: &Response, unlock: Option<Box<FileRequest<'static>>>) {
-        let Reply::File(reply) = &response.reply else { return };
-        let release = |fh| self.notice(&Notice::Release { fh, owner: 0 });
-        let forget = |node| {
-            if node != ROOT {
-                self.forget(&[(node, 1)]);
-            }
-        };
-        match reply {
-            FileReply::Entry(entry) => forget(entry.node),
-            FileReply::Opened(fh) => release(*fh),
-            FileReply::Created(entry, fh) => {
-                release(*fh);
-                forget(entry.node);
-            }
-            FileReply::OpenedDir(fh, _) => {
-                held_nodes(&response.body).for_each(forget);
-                self.notice(&Notice::ReleaseDir { fh: *fh });
-            }
-            FileReply::Dir(_) => held_nodes(&response.body).for_each(forget),
-            FileReply::Ok => {
-                if let Some(unlock) = unlock {
-                    let options = RequestOptions::within(Duration::from_micros(self.op_deadline));
-                    self.request(self.next_tag(), &Request::File(*unlock), &[], options, Box::new(|_| {}));
-                }
-            }
-            FileReply::Attr(_)
-            | FileReply::Data
-            | FileReply::Count(_)
-            | FileReply::Offset(_)
-            | FileReply::StatFs(_)
-            | FileReply::Lock(_) => {}
-        }
-    }
-
     /// The agent did what it may not. Too often, and the session ends.
     pub fn lie(&self, what: &str) {
         let lies = self.lies.fetch_add(1, SeqCst).saturating_add(1);
@@ -505,122 +473,6 @@ impl Shared {
             events.lost(&reason);
         }
     }
-
-    // --- time ------------------------------------------------------------------------------------------------------
-
-    /// Has the timer look at this link by then.
-    fn arm(&self, at: Micros) {
-        if at < self.wake_at.load(SeqCst) && at < self.wake_at.fetch_min(at, SeqCst) {
-            self.timer.wake_by(at);
-        }
-    }
-
-    /// Silence after which the agent is asked whether it is there.
-    fn ping_after(&self) -> Micros {
-        (self.op_deadline * 2 / 5).min(2_000_000)
-    }
-
-    /// Bytes have come.
-    pub fn heard(&self) {
-        self.quiet_since.store(now(), SeqCst);
-        if self.unresponsive.load(SeqCst) && self.unresponsive.swap(false, SeqCst) {
-            tracing::info!(link = self.name, "the agent answers again");
-        }
-    }
-
-    /// What is due: forgets, deadlines, interrupts, the heartbeat.
-    pub fn tick(self: &Arc<Self>) {
-        self.wake_at.store(NEVER, SeqCst);
-        let mut next = self.flush_forgets();
-        let time = now();
-        let mut late = Vec::new();
-        let mut interrupted = Vec::new();
-        let waiting = {
-            let table = self.table.lock();
-            for (&tag, pending) in table.map.iter().filter(|(_, pending)| pending.done.is_some()) {
-                if pending.deadline <= time {
-                    late.push(tag);
-                } else if pending.look_at <= time {
-                    interrupted.push((tag, pending.interrupt));
-                } else {
-                    next = next.min(pending.deadline).min(pending.look_at);
-                }
-            }
-            table.live > 0
-        };
-        for tag in late {
-            self.end(tag, LinkError::TimedOut, false);
-        }
-        for (tag, interrupt) in interrupted {
-            next = next.min(self.look_at_interrupted(tag, interrupt, time));
-        }
-        if waiting {
-            next = next.min(self.heartbeat(time));
-        }
-        if next != NEVER {
-            // No more than a thousand looks a second.
-            self.arm(next.max(now() + 1000));
-        }
-    }
-
-    fn look_at_interrupted(&self, tag: Tag, interrupt: Interrupt, time: Micros) -> Micros {
-        let end = match interrupt {
-            Interrupt::Query | Interrupt::Wait => true,
-            Interrupt::Change { pid } => being_killed(pid),
-        };
-        if end {
-            self.end(tag, LinkError::Interrupted, false);
-            return NEVER;
-        }
-        let mut table = self.table.lock();
-        let Some(pending) = table.map.get_mut(&tag) else { return NEVER };
-        pending.look_at = time + GRACE;
-        pending.look_at.min(pending.deadline)
-    }
-
-    /// Asks a silent agent whether it is there, and gives it up for the time being when it stays silent. Gives when
-    /// to look again.
-    fn heartbeat(self: &Arc<Self>, time: Micros) -> Micros {
-        let quiet_since = self.quiet_since.load(SeqCst);
-        if time >= quiet_since.saturating_add(self.op_deadline) {
-            self.silence();
-            return NEVER;
-        }
-        if time >= quiet_since.saturating_add(self.ping_after()) {
-            self.ping();
-            return quiet_since + self.op_deadline;
-        }
-        quiet_since + self.ping_after()
-    }
-
-    /// At most one ping is on the way; it stays until it is answered, so that a stopped agent that goes on says so.
-    fn ping(self: &Arc<Self>) {
-        if self.pinging.swap(true, SeqCst) {
-            return;
-        }
-        let me = Arc::downgrade(self);
-        let done = Box::new(move |_| {
-            if let Some(me) = me.upgrade() {
-                me.pinging.store(false, SeqCst);
-            }
-        });
-        self.request(self.next_tag(), &Request::Ping, &[], RequestOptions::forever(), done);
-    }
-
-    fn silence(self: &Arc<Self>) {
-        self.ping();
-        let waiting: Vec<Tag> = {
-            let table = self.table.lock();
-            let hopeless = |p: &Pending| p.done.is_some() && (p.file || p.deadline != NEVER);
-            table.map.iter().filter(|(_, p)| hopeless(p)).map(|(&tag, _)| tag).collect()
-        };
-        if !self.unresponsive.swap(true, SeqCst) {
-            tracing::warn!(link = self.name, pending = waiting.len(), "the agent is silent");
-        }
-        for tag in waiting {
-            self.end(tag, LinkError::Unresponsive, false);
-        }
-    }
 }
 
 impl Drop for Shared {
@@ -629,31 +481,13 @@ impl Drop for Shared {
     }
 }
 
+/// Where the tags of a link begin. The agent knows the input of a job by the tag of the request that started it, for as
+/// long as the session lasts; a session outlives its links, so that two of them must not use the same tags.
+fn first_tag() -> Tag {
+    // Each `RandomState` has other keys. Half of the numbers, so that no link comes to the end of them.
+    RandomState::new().hash_one(now()) >> 1 | 1
+}
+
 pub(super) fn micros(duration: Duration) -> Micros {
     duration.as_micros().min(u128::from(NEVER - 1)) as Micros
-}
-
-/// The request that undoes a lock.
-fn unlock_of(request: &Request<'_>) -> Option<Box<FileRequest<'static>>> {
-    const F_UNLCK: u32 = libc::F_UNLCK as u32;
-    match request {
-        Request::File(FileRequest::SetLock { fh, owner, lock, flock, .. }) if lock.kind != F_UNLCK => {
-            let lock = Lock { kind: F_UNLCK, ..*lock };
-            Some(Box::new(FileRequest::SetLock { fh: *fh, owner: *owner, lock, flock: *flock, wait: false }))
-        }
-        _ => None,
-    }
-}
-
-/// The nodes that a page of a directory makes the host hold; ends at the first byte that is not an entry.
-fn held_nodes(mut page: &[u8]) -> impl Iterator<Item = u64> {
-    std::iter::from_fn(move || {
-        loop {
-            let (entry, rest) = postcard::take_from_bytes::<DirEntry<'_>>(page).ok()?;
-            page = rest;
-            if let Some(entry) = entry.entry {
-                return Some(entry.node);
-            }
-        }
-    })
 }

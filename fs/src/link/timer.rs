@@ -2,6 +2,7 @@
 //!
 //! Each link says when it next wants to be looked at ([`Shared::arm`]); a link that waits for nothing costs nothing.
 
+use super::error::LinkError;
 use super::shared::Shared;
 use parking_lot::Mutex;
 use rustix::event::epoll::{self, CreateFlags, EventData, EventFlags};
@@ -9,6 +10,7 @@ use rustix::event::{EventfdFlags, Timespec, eventfd};
 use std::collections::HashMap;
 use std::io;
 use std::os::fd::OwnedFd;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
 use std::sync::{Arc, OnceLock, Weak};
 use std::time::Instant;
@@ -108,7 +110,9 @@ impl Timer {
             let _ = rustix::io::read(&self.wake, &mut [0u8; 8]);
             let (due, next) = self.scan(now());
             let busy = !due.is_empty();
-            due.into_iter().for_each(|link| link.tick());
+            for link in due {
+                guarded(&link, Shared::tick);
+            }
             let next = if busy { 0 } else { next };
             self.next.store(next, SeqCst);
             let timeout = (next != NEVER).then(|| {
@@ -127,7 +131,7 @@ impl Timer {
                 let id = event.data.u64();
                 let link = self.links.lock().get(&id).and_then(Weak::upgrade);
                 if let Some(link) = link {
-                    link.flush();
+                    guarded(&link, |link| link.flush());
                 }
             }
         }
@@ -135,13 +139,24 @@ impl Timer {
 
     /// The links whose time has come, and when the next of the others wants to be looked at.
     fn scan(&self, now: Micros) -> (Vec<Arc<Shared>>, Micros) {
-        let (mut due, mut next) = (Vec::new(), NEVER);
         // Nothing may be dropped below the lock: the last reference to a link takes it off this list.
-        for link in self.links.lock().values() {
-            let Some(link) = link.upgrade() else { continue };
+        let mut links: Vec<Arc<Shared>> = self.links.lock().values().filter_map(Weak::upgrade).collect();
+        let mut next = NEVER;
+        links.retain(|link| {
             let at = link.wake_at.load(SeqCst);
-            if at <= now { due.push(link) } else { next = next.min(at) }
-        }
-        (due, next)
+            if at > now {
+                next = next.min(at);
+            }
+            at <= now
+        });
+        (links, next)
+    }
+}
+
+/// Runs what calls back to whoever asked. A panic there is a defect, and must not take the timer of all links along.
+fn guarded(link: &Arc<Shared>, run: impl FnOnce(&Arc<Shared>)) {
+    if catch_unwind(AssertUnwindSafe(|| run(link))).is_err() {
+        tracing::error!(link = link.name, "defect: panic on the link timer");
+        link.fail(LinkError::Lost("its timer has failed".into()));
     }
 }

@@ -29,6 +29,8 @@ pub enum Reason {
     NoSpace,
     /// A limit of ours was reached.
     Limit,
+    /// What one user may have is used up.
+    Quota,
     /// This backend cannot do that.
     Unsupported,
     /// A defect of ours.
@@ -54,7 +56,7 @@ macro_rules! constructors {
 impl MachineError {
     constructors! {
         invalid Invalid not_found NotFound exists Exists forbidden Forbidden denied Denied busy Busy down Down
-        unreachable Unreachable timed_out TimedOut no_space NoSpace limit Limit not_supported Unsupported
+        unreachable Unreachable timed_out TimedOut no_space NoSpace limit Limit quota Quota not_supported Unsupported
         internal Internal
     }
 
@@ -77,6 +79,7 @@ impl MachineError {
             Reason::TimedOut => Errno::ETIMEDOUT,
             Reason::NoSpace => Errno::ENOSPC,
             Reason::Limit => Errno::EMFILE,
+            Reason::Quota => Errno::EDQUOT,
             Reason::Unsupported => Errno::EOPNOTSUPP,
             Reason::Internal => Errno::EIO,
         }

@@ -60,6 +60,7 @@ struct Inner {
 /// A job.
 pub struct Job {
     number: u64,
+    name: Option<String>,
     uid: u32,
     created: SystemTime,
     dir: PathBuf,
@@ -67,12 +68,16 @@ pub struct Job {
     watch: Watch,
 }
 
+/// The last moment of the year 9999, in milliseconds since 1970: later ones have no form in RFC 3339, and a guest may
+/// claim any.
+const LATEST: u64 = 253_402_300_799_999;
+
 fn in_millis(time: SystemTime) -> u64 {
     time.duration_since(SystemTime::UNIX_EPOCH).map_or(0, |since| since.as_millis() as u64)
 }
 
 fn from_millis(millis: u64) -> SystemTime {
-    SystemTime::UNIX_EPOCH.checked_add(Duration::from_millis(millis)).unwrap_or(SystemTime::UNIX_EPOCH)
+    SystemTime::UNIX_EPOCH + Duration::from_millis(millis.min(LATEST))
 }
 
 impl Job {
@@ -88,12 +93,17 @@ impl Job {
             started_ms: None,
         };
         let (dir, watch) = (dir.to_path_buf(), Watch::new());
-        Job { number, uid, created: SystemTime::now(), dir, inner: Mutex::new(inner), watch }
+        Job { number, name: None, uid, created: SystemTime::now(), dir, inner: Mutex::new(inner), watch }
+    }
+
+    /// The same with a name of its own.
+    pub(super) fn named(self, name: Option<&str>) -> Job {
+        Job { name: name.map(str::to_string), ..self }
     }
 
     /// A job as it was written down.
     pub(super) fn load(row: JobRow, dir: &Path, limit: u64) -> Job {
-        let job = Job::new(row.number, row.uid, dir, limit);
+        let job = Job::new(row.number, row.uid, dir, limit).named(row.name.as_deref());
         {
             let mut inner = job.inner.lock();
             inner.started_ms = row.started_ms.map(|millis| millis as u64);
@@ -115,6 +125,22 @@ impl Job {
     /// Its number within the machine.
     pub fn number(&self) -> u64 {
         self.number
+    }
+
+    /// Its name, if it was given one: that of the newest with it is also its directory's.
+    pub fn name(&self) -> Option<&str> {
+        self.name.as_deref()
+    }
+
+    /// How long it has run, once it has ended.
+    pub(super) fn ran(&self) -> Duration {
+        let inner = self.inner.lock();
+        match &inner.phase {
+            Phase::Ended(end) => {
+                Duration::from_millis(end.ended_ms.saturating_sub(inner.started_ms.unwrap_or(end.ended_ms)))
+            }
+            _ => Duration::ZERO,
+        }
     }
 
     /// Who gave it (a user of the host).
@@ -186,7 +212,7 @@ impl Job {
     pub(super) fn set_started(&self, pid: u32, started_ms: u64) {
         let mut inner = self.inner.lock();
         inner.pid = pid;
-        inner.started_ms = Some(started_ms);
+        inner.started_ms = Some(started_ms.min(LATEST));
         if inner.phase == Phase::Starting {
             inner.phase = Phase::Running;
         }
@@ -325,13 +351,14 @@ impl Job {
             cpu_micros: 0,
             max_rss_kib: 0,
             command,
+            name: self.name.clone(),
         };
         match &inner.phase {
             Phase::Ended(end) => {
-                row.ended_ms = Some(end.ended_ms as i64);
+                row.ended_ms = Some(end.ended_ms.min(LATEST) as i64);
                 row.end = Some(format_end(end.reason));
-                row.cpu_micros = end.cpu_micros as i64;
-                row.max_rss_kib = end.max_rss_kib as i64;
+                row.cpu_micros = end.cpu_micros.min(i64::MAX as u64) as i64;
+                row.max_rss_kib = end.max_rss_kib.min(i64::MAX as u64) as i64;
             }
             Phase::Lost(why) => {
                 row.ended_ms = Some(in_millis(inner.modified) as i64);
@@ -346,7 +373,7 @@ impl Job {
     pub(super) fn history_line(&self) -> String {
         let row = self.row();
         let started = row.started_ms.unwrap_or(row.created_ms);
-        let seconds = (row.ended_ms.unwrap_or(started) - started).max(0) as f64 / 1e3;
+        let seconds = row.ended_ms.unwrap_or(started).saturating_sub(started).max(0) as f64 / 1e3;
         let exit = match self.exit() {
             Some(Ok(code)) => code.to_string(),
             _ => "lost".to_string(),
@@ -439,6 +466,21 @@ mod tests {
         assert_eq!(late.read_at(0, 100).unwrap(), b"\xfferr");
         assert_eq!(job.output_len(Output::Stdout), 4);
         assert_eq!(job.exit().unwrap().unwrap(), 3);
+    }
+
+    #[test]
+    fn no_time_that_a_guest_claims_is_too_late() {
+        let dir = tempfile::tempdir().unwrap();
+        for (started, end) in [(u64::MAX, u64::MAX), (u64::MAX, 0), (0, u64::MAX), (1 << 63, 1)] {
+            let job = Arc::new(Job::new(1, 0, dir.path(), 1 << 20));
+            job.set_started(1, started);
+            let reason = ExitReason::Code(0);
+            let (cpu_micros, max_rss_kib) = (u64::MAX, u64::MAX);
+            job.finish(Phase::Ended(JobEnd { reason, log_end: 0, cpu_micros, max_rss_kib, ended_ms: end }), |_| {});
+            assert!(job.status_text().contains("exit 0"));
+            let again = Job::load(job.row(), dir.path(), 8192);
+            assert_eq!(again.history_line(), job.history_line());
+        }
     }
 
     #[test]

@@ -3,17 +3,18 @@
 use super::error::MachineError;
 use super::job::{Job, Phase};
 use super::store::{self, LogKind};
-use super::{Machine, config};
+use super::{Machine, store_more};
 use crate::errno::Errno;
 use crate::link::{Link, LinkError, RequestOptions, StreamSink};
 use crate::tree::ops::Caller;
-use machinefs_protocol::job::{ExitReason, JobEnd, JobInfo, JobSpec};
+use machinefs_protocol::job::{ExitReason, JobEnd, JobInfo};
 use machinefs_protocol::message::{Reply, Request};
 use parking_lot::Mutex;
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::{Arc, Weak};
 use std::time::SystemTime;
+use zeroize::Zeroize;
 
 /// Finished jobs kept a machine.
 const KEEP: usize = 100;
@@ -21,16 +22,40 @@ const KEEP: usize = 100;
 const KEEP_BYTES: u64 = 256 << 20;
 /// Jobs that may be unfinished at once.
 const MOST_UNFINISHED: usize = 4096;
-/// Output kept of a job where `output_limit` says `max`.
-const LARGEST_OUTPUT: u64 = 1 << 40;
+/// The name of the job that is a machine's main process.
+pub(super) const MAIN: &str = "main";
 
 struct Table {
     jobs: BTreeMap<u64, Arc<Job>>,
+    /// The newest of each name.
+    names: BTreeMap<String, u64>,
     next: u64,
     /// The agent, when jobs can be given to it.
     link: Option<Arc<Link>>,
     unfinished: usize,
     changed: SystemTime,
+}
+
+impl Table {
+    fn insert(&mut self, job: Arc<Job>) {
+        if let Some(name) = job.name() {
+            self.names.insert(name.to_string(), job.number());
+        }
+        self.jobs.insert(job.number(), job);
+    }
+
+    fn remove(&mut self, number: u64) {
+        if let Some(job) = self.jobs.remove(&number)
+            && self.goes_by_name(&job)
+        {
+            job.name().map(|name| self.names.remove(name));
+        }
+    }
+
+    /// Whether its name is its own, and not a newer one's.
+    fn goes_by_name(&self, job: &Job) -> bool {
+        job.name().is_some_and(|name| self.names.get(name) == Some(&job.number()))
+    }
 }
 
 /// The jobs of a machine.
@@ -42,7 +67,14 @@ pub struct Jobs {
 
 impl Jobs {
     pub(super) fn new(machine: Weak<Machine>, dir: PathBuf) -> Jobs {
-        let table = Table { jobs: BTreeMap::new(), next: 1, link: None, unfinished: 0, changed: SystemTime::now() };
+        let table = Table {
+            jobs: BTreeMap::new(),
+            names: BTreeMap::new(),
+            next: 1,
+            link: None,
+            unfinished: 0,
+            changed: SystemTime::now(),
+        };
         Jobs { dir, table: Mutex::new(table), machine }
     }
 
@@ -53,7 +85,7 @@ impl Jobs {
             table.next = table.next.max(row.number + 1);
             let job = Arc::new(Job::load(row, &self.dir, limit));
             table.unfinished += usize::from(!job.is_done());
-            table.jobs.insert(job.number(), job);
+            table.insert(job);
         }
     }
 
@@ -66,9 +98,19 @@ impl Jobs {
     /// # Errors
     /// EHOSTDOWN when the machine is stopped, failed or lost; EMFILE when too many are unfinished; EACCES.
     pub fn begin(&self, caller: Caller) -> Result<Arc<Job>, MachineError> {
+        self.begin_as(caller, None)
+    }
+
+    /// As [`Jobs::begin`], with a name: an older job of that name is known by its number from now on.
+    ///
+    /// # Errors
+    /// As [`Jobs::begin`].
+    pub(super) fn begin_as(&self, caller: Caller, name: Option<&str>) -> Result<Arc<Job>, MachineError> {
         let machine = self.machine()?;
         machine.check_owner(caller)?;
-        if !machine.state().takes_jobs() {
+        machine.used();
+        machine.wake();
+        if !machine.accepts_jobs() {
             return Err(machine.down_error());
         }
         let mut table = self.table.lock();
@@ -79,8 +121,8 @@ impl Jobs {
         table.next += 1;
         table.unfinished += 1;
         table.changed = SystemTime::now();
-        let job = Arc::new(Job::new(number, caller.uid, &self.dir, output_limit(&machine)));
-        table.jobs.insert(number, job.clone());
+        let job = Arc::new(Job::new(number, caller.uid, &self.dir, machine.output_limit()).named(name));
+        table.insert(job.clone());
         Ok(job)
     }
 
@@ -96,7 +138,7 @@ impl Jobs {
         match link {
             Some(link) => start(&machine, &link, job),
             // A machine that went down meanwhile ends it; one that boots starts it.
-            None if !machine.state().takes_jobs() => self.lose(&machine, job, "the machine is down"),
+            None if !machine.accepts_jobs() => self.lose(&machine, job, "the machine is down"),
             None => {}
         }
         if long {
@@ -110,23 +152,52 @@ impl Jobs {
     }
 
     /// The text was discarded: the job ends as one that could not be started.
-    pub fn abandon(&self, job: &Arc<Job>, why: &str) {
+    pub fn abandon(&self, job: &Arc<Job>, errno: Errno, why: &str) {
         if let Ok(machine) = self.machine() {
             job.set_command(format!("# {why}").into_bytes());
-            let end = JobEnd {
-                reason: ExitReason::NotStarted(libc::E2BIG),
-                log_end: 0,
-                cpu_micros: 0,
-                max_rss_kib: 0,
-                ended_ms: now_ms(),
-            };
-            self.finish(&machine, job, Phase::Ended(end));
+            self.end_unstarted(&machine, job, errno);
         }
     }
 
-    /// The job with the highest number.
+    /// A complete text may not be run after all.
+    fn refuse(&self, machine: &Arc<Machine>, job: &Arc<Job>, error: &MachineError) {
+        let command = job.command();
+        let shown = String::from_utf8_lossy(command.get(..200).unwrap_or(&command)).trim_end().to_string();
+        machine.record_error("exec", error.errno(), &error.to_string(), &shown);
+        self.end_unstarted(machine, job, error.errno());
+    }
+
+    fn end_unstarted(&self, machine: &Arc<Machine>, job: &Arc<Job>, errno: Errno) {
+        let reason = ExitReason::NotStarted(errno.0);
+        let end = JobEnd { reason, log_end: 0, cpu_micros: 0, max_rss_kib: 0, ended_ms: now_ms() };
+        self.finish(machine, job, Phase::Ended(end));
+    }
+
+    /// The newest that a user gave; where there is none, the main process.
     pub fn newest(&self) -> Option<Arc<Job>> {
-        self.table.lock().jobs.last_key_value().map(|(_, job)| job.clone())
+        let table = self.table.lock();
+        let mut newest_first = table.jobs.values().rev();
+        let given = newest_first.find(|job| job.name() != Some(MAIN));
+        given.or_else(|| table.jobs.values().next_back()).cloned()
+    }
+
+    /// The job of that name or number; what has a name is not found by its number.
+    pub fn find(&self, name: &[u8]) -> Option<Arc<Job>> {
+        let name = std::str::from_utf8(name).ok()?;
+        let table = self.table.lock();
+        let named = table.names.get(name).copied();
+        let number = named.or_else(|| name.parse().ok().filter(|number: &u64| number.to_string() == name))?;
+        table.jobs.get(&number).filter(|job| named.is_some() || !table.goes_by_name(job)).cloned()
+    }
+
+    /// Numbers of the jobs there are, ascending, with the names of their directories.
+    pub fn named_list(&self) -> Vec<(u64, String)> {
+        let table = self.table.lock();
+        let called = |job: &Arc<Job>| match job.name() {
+            Some(name) if table.goes_by_name(job) => name.to_string(),
+            _ => job.number().to_string(),
+        };
+        table.jobs.values().map(|job| (job.number(), called(job))).collect()
     }
 
     /// The job of that number.
@@ -137,6 +208,13 @@ impl Jobs {
     /// The numbers of the jobs there are, ascending.
     pub fn list(&self) -> Vec<u64> {
         self.table.lock().jobs.keys().copied().collect()
+    }
+
+    /// How many have not ended, those of a name not counted.
+    pub(super) fn unfinished_besides(&self, name: &str) -> usize {
+        let table = self.table.lock();
+        let named = table.names.get(name).and_then(|number| table.jobs.get(number)).is_some_and(|job| !job.is_done());
+        table.unfinished.saturating_sub(usize::from(named))
     }
 
     /// How many have not ended.
@@ -174,7 +252,7 @@ impl Jobs {
         let (slot, number) = (machine.slot, job.number());
         {
             let mut table = self.table.lock();
-            table.jobs.remove(&number);
+            table.remove(number);
             table.changed = SystemTime::now();
         }
         machine.shared.store.write(move |db| store::delete_job(db, slot, number));
@@ -238,6 +316,8 @@ impl Jobs {
             match job.phase() {
                 // The writer will be told at its next write.
                 Phase::Writing => {}
+                // Given while it went to rest: it runs when the machine is awake.
+                Phase::Queued if machine.is_idle() => {}
                 Phase::Draining(end) => self.finish(machine, &job, Phase::Ended(end)),
                 _ => self.lose(machine, &job, "the machine went down"),
             }
@@ -264,6 +344,13 @@ impl Jobs {
         if !job.finish(phase, |line| machine.history.append(format!("{line}\n").as_bytes())) {
             return;
         }
+        machine.used();
+        let ran = job.ran();
+        let millis = u64::try_from(ran.as_millis()).unwrap_or(u64::MAX);
+        machine.count_job(millis);
+        if let (Some(MAIN), Some(Ok(code))) = (job.name(), job.exit()) {
+            machine.main_ended(code, ran);
+        }
         let (surplus, link) = {
             let mut table = self.table.lock();
             table.unfinished = table.unfinished.saturating_sub(1);
@@ -282,6 +369,7 @@ impl Jobs {
             machine.shared.store.write_then(
                 move |db| {
                     store::put_job(db, slot, &row)?;
+                    store_more::add_job(db, slot, millis)?;
                     store::append_log(db, slot, LogKind::History, &line)
                 },
                 // Only what is safe here may be forgotten there.
@@ -314,35 +402,20 @@ fn now_ms() -> u64 {
     SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |since| since.as_millis() as u64)
 }
 
-pub(super) fn output_limit(machine: &Machine) -> u64 {
-    machine.config.lock().0.size("output_limit").unwrap_or(LARGEST_OUTPUT)
-}
-
-fn job_spec(config: &config::Config) -> JobSpec {
-    let text = |name| config.given(name).map(|value| value.as_bytes().to_vec()).unwrap_or_default();
-    // The working directory's default is the home of whoever the job runs as.
-    let moved = config.overrides().any(|(name, _)| name == "workdir");
-    JobSpec {
-        shell: text("shell"),
-        cwd: if moved { text("workdir") } else { Vec::new() },
-        user: text("user"),
-        timeout_secs: config.time("exec_timeout").map_or(0, |time| time.as_secs().clamp(1, u64::from(u32::MAX)) as u32),
-        output_limit: config.size("output_limit").unwrap_or(LARGEST_OUTPUT),
-        ..JobSpec::default()
-    }
-}
-
 /// Gives a job to the agent.
 fn start(machine: &Arc<Machine>, link: &Arc<Link>, job: &Arc<Job>) {
     if job.phase() != Phase::Queued || !job.set_phase(Phase::Starting) {
         return;
     }
-    let spec = job_spec(&machine.config.lock().0);
-    let request = Request::JobStart { job: job.number(), spec };
+    let (spec, body) = match machine.job_spec(job.command()) {
+        Ok(spec) => spec,
+        Err(error) => return machine.jobs.refuse(machine, job, &error),
+    };
+    let mut request = Request::JobStart { job: job.number(), spec };
     let (owner, there, started) = (machine.clone(), link.clone(), job.clone());
     link.request(
         &request,
-        &job.command(),
+        &body,
         RequestOptions::forever(),
         Box::new(move |answer| match answer.map(|response| response.reply) {
             Ok(Reply::Started { pid, started_ms }) => {
@@ -359,6 +432,10 @@ fn start(machine: &Arc<Machine>, link: &Arc<Link>, job: &Arc<Job>) {
             Err(_) => {}
         }),
     );
+    // Secrets are in it, and it is on its way.
+    if let Request::JobStart { spec, .. } = &mut request {
+        spec.env.iter_mut().for_each(Zeroize::zeroize);
+    }
 }
 
 fn forget(link: &Arc<Link>, job: u64) {

@@ -77,6 +77,7 @@ pub(super) async fn run(machine: Arc<Machine>, mut actions: mpsc::UnboundedRecei
 fn ended(machine: &Arc<Machine>) {
     // Refused in no state.
     let _ = machine.fire(Event::Ended);
+    machine.wake_if_used();
 }
 
 fn pause_done(machine: &Arc<Machine>, verb: &str, result: Result<(), MachineError>) {
@@ -112,6 +113,7 @@ async fn boot_failed(machine: &Arc<Machine>, error: &MachineError) {
     if let Ok(console) = machine.backend().console(&machine.spec()).await {
         machine.console.append(&console);
     }
+    machine.shared.counters.failed_boots.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
     machine.record_error("boot", error.errno(), &error.to_string(), "start");
     let _ = machine.fire_because(Event::BootFailed, &error.to_string());
 }
@@ -140,6 +142,7 @@ async fn boot(machine: &Arc<Machine>) -> Result<(), MachineError> {
     let _ = machine.fire(Event::Booted);
     // Only now: a machine written down as booting has started no job.
     machine.jobs.connected(machine, &link).await;
+    machine.start_main();
     Ok(())
 }
 

@@ -4,6 +4,8 @@
 //! meanwhile share one transaction, so that a durable commit (about 0.7 ms) is paid once for all of them.
 
 use super::error::MachineError;
+use super::store_more::{SCHEMA as SECOND, put_var, vars};
+use super::vars::VarRow;
 use rusqlite::{Connection, OptionalExtension, params};
 use std::path::Path;
 use std::sync::mpsc;
@@ -11,7 +13,7 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 /// The layout of the tables; a database of another number is refused.
-const SCHEMA_VERSION: i64 = 1;
+const SCHEMA_VERSION: i64 = 2;
 
 const SCHEMA: &str = "
 CREATE TABLE machine (
@@ -64,6 +66,14 @@ pub struct MachineRow {
     pub uid_slot: u32,
     /// Its configuration.
     pub config: Vec<(String, String)>,
+    /// The template it was made from.
+    pub template: String,
+    /// It is down because nobody used it.
+    pub idle: bool,
+    /// Jobs that have ended, ever, and their milliseconds.
+    pub jobs: (u64, u64),
+    /// Environment, secrets, tags.
+    pub vars: Vec<VarRow>,
 }
 
 /// A job as it is written down.
@@ -87,6 +97,8 @@ pub struct JobRow {
     pub max_rss_kib: i64,
     /// Its text.
     pub command: Vec<u8>,
+    /// Its name, if it has one beside the number.
+    pub name: Option<String>,
 }
 
 /// Which log a line belongs to.
@@ -116,7 +128,10 @@ impl Store {
         let version: i64 = db.pragma_query_value(None, "user_version", |row| row.get(0))?;
         match version {
             0 => {
-                db.execute_batch(&format!("BEGIN; {SCHEMA} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;"))?;
+                db.execute_batch(&format!("BEGIN; {SCHEMA} {SECOND} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;"))?;
+            }
+            1 => {
+                db.execute_batch(&format!("BEGIN; {SECOND} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;"))?;
             }
             SCHEMA_VERSION => {}
             other => {
@@ -228,14 +243,19 @@ fn run(db: &Connection, queue: &mpsc::Receiver<(Work, Option<Done>)>) {
 
 /// Inserts a machine and gives its slot.
 pub fn insert_machine(db: &Connection, row: &MachineRow) -> Result<u32, MachineError> {
-    db.prepare_cached("INSERT INTO machine (name, uid, gid, created_ms, state, uid_slot) VALUES (?, ?, ?, ?, ?, ?)")?
-        .execute(params![row.name, row.uid, row.gid, row.created_ms, row.state, row.uid_slot])?;
+    db.prepare_cached(
+        "INSERT INTO machine (name, uid, gid, created_ms, state, uid_slot, template) VALUES (?, ?, ?, ?, ?, ?, ?)",
+    )?
+    .execute(params![row.name, row.uid, row.gid, row.created_ms, row.state, row.uid_slot, row.template])?;
     let slot = u32::try_from(db.last_insert_rowid())
         .ok()
-        .filter(|slot| *slot < 1 << 24)
+        .filter(|slot| *slot < super::templates::FIRST_SLOT)
         .ok_or_else(|| MachineError::limit("all 16 million machine numbers of this state directory are used up"))?;
     for (key, value) in &row.config {
         set_config(db, slot, key, value)?;
+    }
+    for var in &row.vars {
+        put_var(db, slot, var)?;
     }
     Ok(slot)
 }
@@ -261,7 +281,7 @@ pub fn set_name(db: &Connection, slot: u32, name: &str) -> Result<(), MachineErr
 
 /// Forgets a machine whose resources are gone.
 pub fn delete_machine(db: &Connection, slot: u32) -> Result<(), MachineError> {
-    for table in ["config", "job", "log", "machine"] {
+    for table in ["config", "var", "job", "log", "machine"] {
         db.execute(&format!("DELETE FROM {table} WHERE slot = ?"), params![slot])?;
     }
     Ok(())
@@ -270,7 +290,7 @@ pub fn delete_machine(db: &Connection, slot: u32) -> Result<(), MachineError> {
 /// All machines, those in `destroyed` (to be torn down) too.
 pub fn machines(db: &Connection) -> Result<Vec<MachineRow>, MachineError> {
     let mut rows: Vec<MachineRow> = db
-        .prepare("SELECT slot, name, uid, gid, created_ms, state, uid_slot FROM machine ORDER BY slot")?
+        .prepare("SELECT slot, name, uid, gid, created_ms, state, uid_slot, template, idle, jobs, job_ms FROM machine ORDER BY slot")?
         .query_map([], |row| {
             Ok(MachineRow {
                 slot: row.get(0)?,
@@ -281,14 +301,26 @@ pub fn machines(db: &Connection) -> Result<Vec<MachineRow>, MachineError> {
                 state: row.get(5)?,
                 uid_slot: row.get(6)?,
                 config: Vec::new(),
+                template: row.get(7)?,
+                idle: row.get(8)?,
+                jobs: (row.get::<_, i64>(9)?.max(0) as u64, row.get::<_, i64>(10)?.max(0) as u64),
+                vars: Vec::new(),
             })
         })?
         .collect::<Result<_, _>>()?;
-    let mut configs = db.prepare("SELECT key, value FROM config WHERE slot = ?")?;
     for row in &mut rows {
-        row.config =
-            configs.query_map(params![row.slot], |row| Ok((row.get(0)?, row.get(1)?)))?.collect::<Result<_, _>>()?;
+        row.config = config(db, row.slot)?;
+        row.vars = vars(db, row.slot)?;
     }
+    Ok(rows)
+}
+
+/// The configuration of a machine or template.
+pub fn config(db: &Connection, slot: u32) -> Result<Vec<(String, String)>, MachineError> {
+    let rows = db
+        .prepare_cached("SELECT key, value FROM config WHERE slot = ?")?
+        .query_map(params![slot], |row| Ok((row.get(0)?, row.get(1)?)))?
+        .collect::<Result<_, _>>()?;
     Ok(rows)
 }
 
@@ -296,7 +328,7 @@ pub fn machines(db: &Connection) -> Result<Vec<MachineRow>, MachineError> {
 pub fn put_job(db: &Connection, slot: u32, row: &JobRow) -> Result<(), MachineError> {
     db.prepare_cached(
         "INSERT OR REPLACE INTO job (slot, number, uid, created_ms, started_ms, ended_ms, end, cpu_micros, max_rss_kib, \
-         command) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+         command, name) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
     )?
     .execute(params![
         slot,
@@ -308,7 +340,8 @@ pub fn put_job(db: &Connection, slot: u32, row: &JobRow) -> Result<(), MachineEr
         row.end,
         row.cpu_micros,
         row.max_rss_kib,
-        row.command
+        row.command,
+        row.name
     ])?;
     Ok(())
 }
@@ -323,7 +356,7 @@ pub fn delete_job(db: &Connection, slot: u32, number: u64) -> Result<(), Machine
 pub fn jobs(db: &Connection, slot: u32) -> Result<Vec<JobRow>, MachineError> {
     let rows = db
         .prepare_cached(
-            "SELECT number, uid, created_ms, started_ms, ended_ms, end, cpu_micros, max_rss_kib, command FROM job \
+            "SELECT number, uid, created_ms, started_ms, ended_ms, end, cpu_micros, max_rss_kib, command, name FROM job \
              WHERE slot = ? ORDER BY number",
         )?
         .query_map(params![slot], |row| {
@@ -337,6 +370,7 @@ pub fn jobs(db: &Connection, slot: u32) -> Result<Vec<JobRow>, MachineError> {
                 cpu_micros: row.get(6)?,
                 max_rss_kib: row.get(7)?,
                 command: row.get(8)?,
+                name: row.get(9)?,
             })
         })?
         .collect::<Result<_, _>>()?;
@@ -392,6 +426,10 @@ mod tests {
             state: "creating".into(),
             uid_slot: 1,
             config: vec![("memory".into(), "1G".into())],
+            template: "default".into(),
+            idle: false,
+            jobs: (0, 0),
+            vars: Vec::new(),
         }
     }
 
@@ -432,6 +470,21 @@ mod tests {
         assert!(receive.recv().unwrap());
         let names: Vec<String> = store.query(machines).unwrap().into_iter().map(|row| row.name).collect();
         assert_eq!(names, ["kept"]);
+    }
+
+    #[test]
+    fn the_first_layout_is_taken_over() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("state.db");
+        let old = Connection::open(&path).unwrap();
+        old.execute_batch(&format!("{SCHEMA} PRAGMA user_version = 1;")).unwrap();
+        let insert =
+            "INSERT INTO machine (name, uid, gid, created_ms, state, uid_slot) VALUES ('a', 1, 1, 1, 'stopped', 0)";
+        old.execute(insert, []).unwrap();
+        drop(old);
+        let (store, _thread) = Store::open(&path).unwrap();
+        let rows = store.query(machines).unwrap();
+        assert_eq!((rows[0].name.as_str(), rows[0].template.as_str(), rows[0].idle), ("a", "default", false));
     }
 
     #[test]

@@ -1,17 +1,23 @@
-//! What makes, moves and removes: machines by their directories, jobs by theirs, nothing else.
+//! What makes, moves and removes: machines, jobs and templates by their directories, variables by their files; nothing
+//! else.
 
 use super::node::Kind;
 use super::ops::{Answer, Caller, NodeId, Op, ROOT, Responder};
 use super::place::{Map, Place};
 use super::root::check_free;
+use super::vars::Holder;
 use crate::errno::Errno;
 use crate::machine::Machine;
 use crate::machine::error::MachineError;
-use crate::machine::registry::Registry;
 use std::sync::Arc;
 
 /// mkdir(2).
 pub fn mkdir(map: &Arc<Map>, caller: Caller, parent: &Place, name: &[u8], responder: Responder) {
+    if let Place::Service(Kind::Templates) = parent {
+        let made = map.registry.templates().create(caller, name);
+        let place = made.map(|template| Place::Template(template, Kind::Template));
+        return responder.respond(place.map(|place| Answer::Entry(map.entry(&place))).map_err(|error| error.errno()));
+    }
     if parent.kind() != Kind::Root {
         return responder.respond(Err(Errno::EPERM));
     }
@@ -19,9 +25,6 @@ pub fn mkdir(map: &Arc<Map>, caller: Caller, parent: &Place, name: &[u8], respon
         return responder.respond(Err(error.errno()));
     }
     let Ok(text) = std::str::from_utf8(name) else { return responder.respond(Err(Errno::EINVAL)) };
-    if names_template(text) {
-        return responder.respond(Err(Errno::ENOENT));
-    }
     map.ghosts.forget_claim(name, caller);
     let of_done = map.clone();
     map.registry.create(
@@ -37,10 +40,24 @@ pub fn mkdir(map: &Arc<Map>, caller: Caller, parent: &Place, name: &[u8], respon
     );
 }
 
-/// Whether a name asks for a template, `TEMPLATE.rest`. There are none yet, so none is found.
-fn names_template(name: &str) -> bool {
-    let valid = |part: &str| Registry::valid_name(part.as_bytes());
-    name.split_once('.').is_some_and(|(template, rest)| valid(template) && valid(rest))
+/// open(2) with O_CREAT, and mknod(2) of a regular file: a variable, a secret or a tag, with an empty value.
+///
+/// # Errors
+/// EINVAL for a name that it cannot have; EEXIST; EPERM where users make nothing.
+pub fn create(map: &Map, caller: Caller, parent: &Place, name: &[u8]) -> Result<Place, Errno> {
+    let holder = match parent {
+        Place::Machine(machine, _) => Some(Holder::Machine(machine.clone())),
+        Place::Template(template, _) => Some(Holder::Template(template.clone())),
+        _ => None,
+    };
+    match (holder, parent.kind().vars()) {
+        (Some(holder), Some((var, kind))) => {
+            let id = holder.create(caller, var, name).map_err(|error| error.errno())?;
+            Ok(Place::Var(holder, var, id, kind))
+        }
+        // The name is there (ctl of a machine made by somebody else a moment ago), or there is no such thing.
+        _ => Err(if map.lookup(parent, name, caller).is_ok() { Errno::EEXIST } else { Errno::EPERM }),
+    }
 }
 
 fn may_command(machine: &Machine, caller: Caller) -> Result<(), Errno> {
@@ -68,6 +85,12 @@ pub fn unlink(map: &Map, caller: Caller, parent: &Place, name: &[u8]) -> Result<
             }
             map.ghosts.add(&machine, called.as_bytes(), caller);
             Ok(())
+        }
+        Place::Var(holder, kind, id, _) => holder.remove(caller, kind, id).map_err(|error| error.errno()),
+        // rm -r of a template passes here: the value is taken back, and the template says nothing of the key any more.
+        Place::TemplateKey(template, key) => {
+            let taken_back = template.check_owner(caller).and_then(|()| template.config_set(key.name, "default"));
+            taken_back.map_err(|error| error.errno())
         }
         _ => Err(Errno::EPERM),
     }
@@ -98,6 +121,11 @@ pub fn rmdir(map: &Map, caller: Caller, parent: &Place, name: &[u8]) -> Result<(
             may_command(&machine, caller)?;
             machine.jobs().remove(job.number()).map_err(|error| error.errno())
         }
+        Place::Template(template, Kind::Template) => {
+            map.registry.templates().remove(caller, &template).map_err(|error| error.errno())
+        }
+        // Emptied by rm -r on its way up; they go with the template.
+        Place::Template(template, _) => template.check_owner(caller).map_err(|error| error.errno()),
         place if place.kind().is_dir() => Err(Errno::EPERM),
         _ => Err(Errno::ENOTDIR),
     }
@@ -144,7 +172,7 @@ fn check_rename(
     if map.registry.get(new_name).is_some() || check_free(&map.ghosts, new_name).is_err() {
         return Err(if flags & libc::RENAME_NOREPLACE != 0 { Errno::EEXIST } else { Errno::EPERM });
     }
-    if !Registry::valid_name(new_name) {
+    if !map.registry.valid_new_name(&machine, new_name) {
         return Err(Errno::EINVAL);
     }
     Ok(machine)

@@ -5,7 +5,7 @@
 use super::ops::Caller;
 use super::pending::Watched;
 use super::stream::{OutputStream, Taken};
-use super::text::{Owner, Reason, Text, slice};
+use super::text::{Owner, Reason, Text, is_full_buffer, slice};
 use crate::errno::Errno;
 use crate::machine::Machine;
 use crate::machine::error::MachineError;
@@ -69,7 +69,7 @@ impl ExecFile {
     /// Adds to the text. The first bytes of a text begin its job.
     ///
     /// # Errors
-    /// EACCES for others than the owner, EHOSTDOWN, EMFILE, E2BIG, ENOSPC; the reason can be read here and in
+    /// EACCES for others than the owner, EPERM for what may not be run, EHOSTDOWN, EMFILE, E2BIG, ENOSPC; the reason can be read here and in
     /// `errors`.
     pub fn write(&self, caller: Caller, owner: Owner, data: &[u8]) -> Result<(), Errno> {
         let mut writing = self.writing.lock();
@@ -85,7 +85,7 @@ impl ExecFile {
             }
         }
         // It may have gone down since the text began; errors must come from write.
-        if !self.machine.state().takes_jobs() {
+        if !self.machine.accepts_jobs() {
             let error = self.machine.down_error();
             return Err(self.refuse(&mut writing, owner, error.errno(), &error.to_string(), data));
         }
@@ -95,6 +95,11 @@ impl ExecFile {
                 _ => "too many unfinished scripts: the limit of pending text was reached",
             };
             return Err(self.refuse(&mut writing, owner, errno, message, data));
+        }
+        if !is_full_buffer(data.len())
+            && let Err(error) = self.machine.check_command(writing.text.bytes())
+        {
+            return Err(self.refuse(&mut writing, owner, error.errno(), &error.to_string(), data));
         }
         self.reason.clear();
         Ok(())
@@ -111,7 +116,7 @@ impl ExecFile {
         let start = if writing.text.bytes().is_empty() { data } else { writing.text.bytes() };
         let command = String::from_utf8_lossy(slice(start, 0, QUOTED)).trim_end().to_string();
         if let Some(job) = writing.job.take() {
-            self.machine.jobs().abandon(&job, message);
+            self.machine.jobs().abandon(&job, errno, message);
         }
         writing.text.refuse(owner, errno);
         self.reason.set(message);

@@ -40,6 +40,7 @@ pub(super) fn contain(target: &[u8], depth: Option<usize>) -> Result<Vec<u8>, Er
     if !rewritten {
         return Ok(target.to_vec());
     }
+    let named = !names.is_empty();
     let mut shown = Vec::with_capacity(3 * climb + target.len());
     for component in std::iter::repeat_n(&b".."[..], climb).chain(names) {
         if !shown.is_empty() {
@@ -49,7 +50,7 @@ pub(super) fn contain(target: &[u8], depth: Option<usize>) -> Result<Vec<u8>, Er
     }
     if shown.is_empty() {
         shown.push(b'.');
-    } else if target.ends_with(b"/") {
+    } else if named && target.ends_with(b"/") {
         shown.push(b'/');
     }
     if shown.len() > MAX_TARGET { Err(Errno::ENAMETOOLONG) } else { Ok(shown) }
