@@ -133,6 +133,8 @@ impl Daemon {
             .args(&self.arguments);
         let open = || File::options().create(true).append(true).open(self.base.join("log"));
         let (out, err) = (open().expect("the daemon's log"), open().expect("the daemon's log"));
+        // The key of secrets is this daemon's own too.
+        command.env("MACHINEFS_KEY_FILE", self.base.join("key"));
         command.stdin(Stdio::null()).stdout(out).stderr(err);
         let child = command.spawn().unwrap_or_else(|error| panic!("{}: {error}", self.program().display()));
         let old = self.child().replace(child);

@@ -225,7 +225,8 @@ each_user_alone! {
 each_user! {
     /// Namespaces of its own: user, pid, mount, net, ipc, uts, cgroup; no network but loopback; few capabilities; seccomp.
     fn the_machine_is_contained(d) {
-        let m = d.running("contained");
+        let m = d.create("contained", "network=none");
+        m.until_running();
         let ours = std::fs::read_dir("/proc/self/ns").expect("namespaces");
         for entry in ours.flatten() {
             let name = entry.file_name().to_string_lossy().into_owned();

@@ -32,6 +32,7 @@ pub fn mount(mountpoint: &Path, args: DaemonArgs) -> Result<ExitCode, String> {
         .with_ansi(std::io::stderr().is_terminal())
         .with_writer(std::io::stderr)
         .init();
+    guard_memory();
     let _lock = claim(&settings.state_dir)?;
     raise_descriptor_limit();
     give_large_blocks_back();
@@ -63,7 +64,13 @@ async fn serve(mountpoint: &Path, settings: &Settings) -> Result<(), String> {
         tokio::time::sleep(PREPARE_AFTER).await;
         tokio::task::spawn_blocking(move || ahead.prepare());
     });
-    let options = Options { state_dir: settings.state_dir.clone(), max_machines: settings.max_machines, backend };
+    let options = Options {
+        state_dir: settings.state_dir.clone(),
+        limits: settings.limits,
+        defaults: settings.defaults.clone(),
+        key_file: settings.key_file.clone(),
+        backend,
+    };
     let registry = Registry::open(options).await.map_err(|error| error.to_string())?;
     let tree = Tree::new(registry.clone()).map_err(|error| format!("cannot start the tree: {error}"))?;
     let mounted = fuse::mount(fuse::MountOptions { no_exec: settings.noexec, ..fuse::MountOptions::new(&mountpoint) })
@@ -102,6 +109,7 @@ pub fn container_backend(settings: &Settings, mountpoint: Option<&Path>) -> Resu
     ContainerBackend::new(ContainerOptions {
         runtime: settings.runtime.clone(),
         mountpoint: mountpoint.map(Path::to_path_buf),
+        resolv_conf: settings.resolv_conf.clone(),
         ..ContainerOptions::new(settings.agent.clone(), settings.state_dir.clone())
     })
     .map_err(|error| error.to_string())
@@ -139,6 +147,15 @@ fn claim(state_dir: &Path) -> Result<File, String> {
         std::thread::sleep(std::time::Duration::from_millis(20));
     }
     Ok(lock)
+}
+
+/// Secrets pass through this process: it leaves no core file, and no other process of its user may look into it
+/// (PR_SET_DUMPABLE of prctl(2); programs it starts are not concerned).
+fn guard_memory() {
+    use rustix::process::DumpableBehavior;
+    if let Err(error) = rustix::process::set_dumpable_behavior(DumpableBehavior::NotDumpable) {
+        tracing::warn!(%error, "cannot keep this process out of core files");
+    }
 }
 
 /// A machine takes a handful of descriptors; the soft limit of most hosts is 1024.

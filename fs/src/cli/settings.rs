@@ -1,5 +1,7 @@
 //! The daemon's own configuration: flag, then variable, then file.
 
+use crate::machine::config;
+use crate::machine::limits::Limits;
 use clap::Args;
 use serde::Deserialize;
 use std::path::{Path, PathBuf};
@@ -24,9 +26,28 @@ pub struct DaemonArgs {
     /// The agent's binary [default: machinefs-agent beside this program].
     #[arg(long, value_name = "FILE", env = "MACHINEFS_AGENT")]
     pub agent: Option<PathBuf>,
+    /// Where the name servers stand that machines with a network ask [default: /etc/resolv.conf].
+    #[arg(long, value_name = "FILE", env = "MACHINEFS_RESOLV_CONF")]
+    pub resolv_conf: Option<PathBuf>,
     /// Machines there may be at once [default: 1000].
     #[arg(long, value_name = "NUMBER", env = "MACHINEFS_MAX_MACHINES")]
     pub max_machines: Option<usize>,
+    /// Machines that one user may have [default: no limit].
+    #[arg(long, value_name = "NUMBER", env = "MACHINEFS_MAX_USER_MACHINES")]
+    pub max_user_machines: Option<usize>,
+    /// Memory of all machines together, as their `memory` says: 64G, or max [default: max].
+    #[arg(long, value_name = "SIZE", env = "MACHINEFS_MAX_MEMORY")]
+    pub max_memory: Option<String>,
+    /// Memory of one user's machines together [default: max].
+    #[arg(long, value_name = "SIZE", env = "MACHINEFS_MAX_USER_MEMORY")]
+    pub max_user_memory: Option<String>,
+    /// Configuration that machines begin with, before any template: memory=2G. Can be given more than once.
+    #[arg(long, value_name = "KEY=VALUE", env = "MACHINEFS_DEFAULT", value_delimiter = ',')]
+    pub default: Option<Vec<String>>,
+    /// The key that secrets are sealed with: 32 bytes, mode 0600, outside the state directory; made when it is not there
+    /// [default: machinefs.key of systemd's credentials, else /etc/machinefs/key, or ~/.config/machinefs/key].
+    #[arg(long, value_name = "FILE", env = "MACHINEFS_KEY_FILE")]
+    pub key_file: Option<PathBuf>,
     /// Programs in files/ cannot be run on the host.
     #[arg(long, env = "MACHINEFS_NOEXEC", num_args = 0..=1, default_missing_value = "true", value_name = "true|false")]
     pub noexec: Option<bool>,
@@ -44,8 +65,14 @@ pub struct Settings {
     pub runtime: PathBuf,
     /// Absolute.
     pub agent: PathBuf,
-    /// Machines there may be at once.
-    pub max_machines: usize,
+    /// Absolute.
+    pub resolv_conf: PathBuf,
+    /// How much there may be.
+    pub limits: Limits,
+    /// Configuration that machines begin with.
+    pub defaults: Vec<(String, String)>,
+    /// Absolute, and not below the state directory.
+    pub key_file: PathBuf,
     /// Mount with `noexec`.
     pub noexec: bool,
     /// For tracing.
@@ -64,18 +91,58 @@ impl DaemonArgs {
         };
         let state_dir = self.state_dir.or(file.state_dir).map_or_else(default_state_dir, Ok)?;
         let agent = self.agent.or(file.agent).map_or_else(default_agent, Ok)?;
+        let key_file = absolute(&self.key_file.or(file.key_file).map_or_else(default_key_file, Ok)?)?;
+        let state_dir = absolute(&state_dir)?;
+        if key_file.starts_with(&state_dir) {
+            return Err(format!("key_file: {} is in the state directory: a key is kept apart", key_file.display()));
+        }
+        let machines = self.max_machines.or(file.max_machines);
         Ok(Settings {
-            state_dir: absolute(&state_dir)?,
+            state_dir,
             runtime: self.runtime.or(file.runtime).unwrap_or_else(|| "crun".into()),
             agent: absolute(&agent)?,
-            max_machines: self
-                .max_machines
-                .or(file.max_machines)
-                .unwrap_or(crate::machine::registry::DEFAULT_MAX_MACHINES),
+            resolv_conf: absolute(&self.resolv_conf.or(file.resolv_conf).unwrap_or_else(|| "/etc/resolv.conf".into()))?,
+            limits: Limits {
+                machines: Some(machines.unwrap_or(crate::machine::registry::DEFAULT_MAX_MACHINES)),
+                user_machines: self.max_user_machines.or(file.max_user_machines),
+                memory: size("max_memory", self.max_memory.or(file.max_memory))?,
+                user_memory: size("max_user_memory", self.max_user_memory.or(file.max_user_memory))?,
+            },
+            defaults: pairs(self.default.or(file.default).unwrap_or_default())?,
+            key_file,
             noexec: self.noexec.or(file.noexec).unwrap_or(false),
             log: self.log.or(file.log).unwrap_or_else(|| "info".into()),
         })
     }
+}
+
+fn size(name: &str, text: Option<String>) -> Result<Option<u64>, String> {
+    let Some(text) = text else { return Ok(None) };
+    config::parse_size(&text).ok_or_else(|| format!("{name}: bad size \"{text}\": as 64G, or max"))
+}
+
+fn pairs(texts: Vec<String>) -> Result<Vec<(String, String)>, String> {
+    let split = |text: String| {
+        let (key, value) = text.split_once('=').ok_or_else(|| format!("default: \"{text}\" is not KEY=VALUE"))?;
+        let known = config::known(key).and_then(|known| known.check(value));
+        known.map_err(|error| format!("default: {error}"))?;
+        Ok((key.to_string(), value.to_string()))
+    };
+    texts.into_iter().map(split).collect()
+}
+
+fn default_key_file() -> Result<PathBuf, String> {
+    // systemd.exec(5): LoadCredentialEncrypted=machinefs.key
+    let credential = std::env::var_os("CREDENTIALS_DIRECTORY").map(|dir| Path::new(&dir).join("machinefs.key"));
+    if let Some(path) = credential.filter(|path| path.exists()) {
+        return Ok(path);
+    }
+    if rustix::process::geteuid().is_root() {
+        return Ok("/etc/machinefs/key".into());
+    }
+    let base = std::env::var_os("XDG_CONFIG_HOME").map(PathBuf::from).filter(|path| path.is_absolute());
+    let base = base.or_else(|| std::env::var_os("HOME").map(|home| Path::new(&home).join(".config")));
+    base.map(|base| base.join("machinefs/key")).ok_or_else(|| "no HOME: give --key-file".into())
 }
 
 fn absolute(path: &Path) -> Result<PathBuf, String> {
@@ -124,6 +191,32 @@ mod tests {
         std::fs::write(&path, "max_machines = 5\nruntime = \"runc\"\n").unwrap();
         let args = DaemonArgs { config: Some(path), max_machines: Some(7), ..DaemonArgs::default() };
         let settings = args.resolve().unwrap();
-        assert_eq!((settings.max_machines, settings.runtime), (7, "runc".into()));
+        assert_eq!((settings.limits.machines, settings.runtime), (Some(7), "runc".into()));
+    }
+
+    #[test]
+    fn a_key_is_not_kept_with_what_it_opens() {
+        let args = DaemonArgs {
+            state_dir: Some("/state".into()),
+            key_file: Some("/state/key".into()),
+            ..DaemonArgs::default()
+        };
+        assert!(args.clone().resolve().unwrap_err().contains("kept apart"));
+        let args = DaemonArgs { key_file: Some("/elsewhere/key".into()), ..args };
+        assert_eq!(args.resolve().unwrap().key_file, Path::new("/elsewhere/key"));
+    }
+
+    #[test]
+    fn limits_and_defaults_are_checked() {
+        let with = |memory: &str, default: &str| {
+            let (max_memory, default) = (Some(memory.to_string()), Some(vec![default.to_string()]));
+            DaemonArgs { max_memory, default, ..DaemonArgs::default() }.resolve()
+        };
+        let settings = with("2G", "memory=1G").unwrap();
+        assert_eq!(settings.limits.memory, Some(2 << 30));
+        assert_eq!(settings.defaults, [("memory".to_string(), "1G".to_string())]);
+        assert!(with("much", "memory=1G").unwrap_err().contains("max_memory"));
+        assert!(with("2G", "memory=much").unwrap_err().contains("much"));
+        assert!(with("2G", "memroy=1G").unwrap_err().contains("memroy"));
     }
 }

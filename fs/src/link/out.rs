@@ -8,6 +8,7 @@ use rustix::net::{SendAncillaryBuffer, SendFlags, sendmsg};
 use std::collections::VecDeque;
 use std::io::{self, IoSlice};
 use std::os::unix::net::UnixStream;
+use zeroize::Zeroize;
 
 /// Frames up to this many bytes go before larger ones that wait.
 const SMALL: usize = 8 * 1024;
@@ -22,6 +23,8 @@ pub(super) struct Frame<'a> {
     pub header: Header,
     pub meta: &'a [u8],
     pub data: &'a [u8],
+    /// Copies of it are wiped before their memory is given back.
+    pub secret: bool,
 }
 
 impl Frame<'_> {
@@ -73,6 +76,15 @@ struct Queued {
     kind: Kind,
     tag: u64,
     bytes: Vec<u8>,
+    secret: bool,
+}
+
+impl Drop for Queued {
+    fn drop(&mut self) {
+        if self.secret {
+            self.bytes.zeroize();
+        }
+    }
 }
 
 #[derive(Default)]
@@ -80,6 +92,8 @@ struct State {
     seq: u32,
     /// The frames the socket has taken the beginning of: they must be ended before anything else.
     current: Vec<u8>,
+    /// One of these frames is secret.
+    current_secret: bool,
     sent: usize,
     small: VecDeque<Queued>,
     bulk: VecDeque<Queued>,
@@ -164,6 +178,7 @@ impl Out {
     /// Drops what waits.
     pub fn clear(&self) {
         let mut state = self.state.lock();
+        state.drop_current();
         *state = State { seq: state.seq, ..State::default() };
     }
 }
@@ -175,7 +190,8 @@ impl State {
 
     fn enqueue(&mut self, frames: &[Frame<'_>], bulk: bool) {
         for frame in frames {
-            let queued = Queued { kind: frame.header.kind, tag: frame.header.tag, bytes: frame.to_bytes() };
+            let (kind, tag) = (frame.header.kind, frame.header.tag);
+            let queued = Queued { kind, tag, bytes: frame.to_bytes(), secret: frame.secret };
             self.queued += queued.bytes.len();
             if bulk { self.bulk.push_back(queued) } else { self.small.push_back(queued) }
         }
@@ -195,6 +211,7 @@ impl State {
             let mut rest = i;
             if taken > 0 {
                 self.current = [&header, frame.meta, frame.data].concat();
+                self.current_secret = frame.secret;
                 self.sent = taken;
                 self.queued += frame.len() - taken;
                 rest = i + 1;
@@ -217,8 +234,7 @@ impl State {
                 self.sent += n;
                 self.queued = self.queued.saturating_sub(n);
             }
-            self.current.clear();
-            self.sent = 0;
+            self.drop_current();
             if !self.refill() {
                 self.current = Vec::new();
                 self.queued = 0;
@@ -227,23 +243,42 @@ impl State {
         }
     }
 
+    fn drop_current(&mut self) {
+        if std::mem::take(&mut self.current_secret) {
+            self.current.zeroize();
+        }
+        self.current.clear();
+        self.sent = 0;
+    }
+
     /// The next frames to send: a batch of small ones, else one of bulk.
     fn refill(&mut self) -> bool {
         while let Some(next) = self.small.front() {
-            if !self.current.is_empty() && self.current.len() + next.bytes.len() > BATCH {
+            // A secret one goes alone: what grows is copied.
+            let alone = next.secret || self.current_secret;
+            if !self.current.is_empty() && (alone || self.current.len() + next.bytes.len() > BATCH) {
                 break;
             }
             let Some(mut next) = self.small.pop_front() else { break };
             self.number(&mut next.bytes);
-            self.current.append(&mut next.bytes);
+            if next.secret {
+                self.take_over(&mut next);
+            } else {
+                self.current.append(&mut next.bytes);
+            }
         }
         if self.current.is_empty()
             && let Some(mut next) = self.bulk.pop_front()
         {
             self.number(&mut next.bytes);
-            self.current = next.bytes;
+            self.take_over(&mut next);
         }
         !self.current.is_empty()
+    }
+
+    fn take_over(&mut self, frame: &mut Queued) {
+        self.current = std::mem::take(&mut frame.bytes);
+        self.current_secret = frame.secret;
     }
 
     fn number(&mut self, frame: &mut [u8]) {
@@ -276,7 +311,7 @@ mod tests {
 
     fn frame(kind: Kind, tag: u64, data: &[u8]) -> Frame<'_> {
         let header = Header { kind, flags: 0, meta_len: 0, data_len: data.len() as u32, seq: 0, deadline_ms: 0, tag };
-        Frame { header, meta: &[], data }
+        Frame { header, meta: &[], data, secret: false }
     }
 
     /// Reads what arrives until `frames` frames are there; checks the sequence and gives (kind, tag, length).
@@ -323,6 +358,22 @@ mod tests {
         let order: Vec<u64> = drain(&out, &near, &mut far, 4).into_iter().map(|(_, tag, _)| tag).collect();
         assert_eq!(order, [1, 3, 1, 2]);
         assert_eq!(out.queued(), 0);
+    }
+
+    #[test]
+    fn secret_frames_arrive_whole_among_small_ones() {
+        let (near, mut far) = pair();
+        let out = Out::new(0, 64 << 20);
+        let (one, small, secret) = (vec![1u8; 200_000], vec![2u8; 10], vec![3u8; 1000]);
+        out.send(&near, &[frame(Kind::Request, 1, &one)], Class::Request).unwrap();
+        out.send(&near, &[frame(Kind::Request, 2, &small)], Class::Request).unwrap();
+        let hidden = Frame { secret: true, ..frame(Kind::Request, 3, &secret) };
+        out.send(&near, &[hidden], Class::Request).unwrap();
+        out.send(&near, &[frame(Kind::Request, 2, &small)], Class::Request).unwrap();
+        let order: Vec<u64> = drain(&out, &near, &mut far, 4).into_iter().map(|(_, tag, _)| tag).collect();
+        assert_eq!(order, [1, 2, 3, 2]);
+        let state = out.state.lock();
+        assert!(state.queued == 0 && !state.current_secret);
     }
 
     #[test]

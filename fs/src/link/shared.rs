@@ -185,7 +185,7 @@ impl Shared {
         }
         self.arm(deadline.min(time.saturating_add(self.ping_after())));
         let deadline_ms = options.deadline.map_or(0, |after| after.as_millis().clamp(1, u32::MAX.into()) as u32);
-        let sent = self.send_request(tag, meta_len, &meta, deadline_ms, body, is_ping);
+        let sent = self.send_request(tag, meta_len, &meta, deadline_ms, body, request);
         META.set(meta);
         match sent {
             Ok(()) => {}
@@ -225,9 +225,10 @@ impl Shared {
         meta: &[u8],
         deadline_ms: u32,
         body: &[u8],
-        control: bool,
+        request: &Request<'_>,
     ) -> Result<(), SendError> {
-        let class = if control { Class::Control } else { Class::Request };
+        let class = if matches!(request, Request::Ping) { Class::Control } else { Class::Request };
+        let secret = matches!(request, Request::SetSecrets);
         let header = |kind, flags, meta_len, data: &[u8]| Header {
             kind,
             flags,
@@ -238,7 +239,7 @@ impl Shared {
             tag,
         };
         if body.len() <= MAX_DATA {
-            let frame = Frame { header: header(Kind::Request, 0, meta_len, body), meta, data: body };
+            let frame = Frame { header: header(Kind::Request, 0, meta_len, body), meta, data: body, secret };
             return self.send(&[frame], class);
         }
         let mut chunks = body.chunks(MAX_DATA).peekable();
@@ -246,9 +247,9 @@ impl Shared {
         while let Some(data) = chunks.next() {
             let flags = if chunks.peek().is_some() { FLAG_MORE } else { 0 };
             frames.push(if frames.is_empty() {
-                Frame { header: header(Kind::Request, flags, meta_len, data), meta, data }
+                Frame { header: header(Kind::Request, flags, meta_len, data), meta, data, secret }
             } else {
-                Frame { header: header(Kind::Body, flags, 0, data), meta: &[], data }
+                Frame { header: header(Kind::Body, flags, 0, data), meta: &[], data, secret }
             });
         }
         self.send(&frames, class)
@@ -277,7 +278,7 @@ impl Shared {
             Ok(meta_len) => {
                 let header = Header { kind, flags: 0, meta_len, data_len: 0, seq: 0, deadline_ms: 0, tag };
                 let meta = meta.get(..meta_len as usize).unwrap_or(&[]);
-                self.send(&[Frame { header, meta, data: &[] }], class)
+                self.send(&[Frame { header, meta, data: &[], secret: false }], class)
             }
             Err(error) => {
                 tracing::error!(link = self.name, %error, "a notice does not fit in a frame");

@@ -29,6 +29,10 @@ pub enum Reason {
     NoSpace,
     /// A limit of ours was reached.
     Limit,
+    /// A text is too long.
+    TooBig,
+    /// What one user may have is used up.
+    Quota,
     /// This backend cannot do that.
     Unsupported,
     /// A defect of ours.
@@ -54,7 +58,7 @@ macro_rules! constructors {
 impl MachineError {
     constructors! {
         invalid Invalid not_found NotFound exists Exists forbidden Forbidden denied Denied busy Busy down Down
-        unreachable Unreachable timed_out TimedOut no_space NoSpace limit Limit not_supported Unsupported
+        unreachable Unreachable timed_out TimedOut no_space NoSpace limit Limit too_big TooBig quota Quota not_supported Unsupported
         internal Internal
     }
 
@@ -77,6 +81,8 @@ impl MachineError {
             Reason::TimedOut => Errno::ETIMEDOUT,
             Reason::NoSpace => Errno::ENOSPC,
             Reason::Limit => Errno::EMFILE,
+            Reason::TooBig => Errno::E2BIG,
+            Reason::Quota => Errno::EDQUOT,
             Reason::Unsupported => Errno::EOPNOTSUPP,
             Reason::Internal => Errno::EIO,
         }

@@ -71,6 +71,11 @@ impl Events {
         &self.all
     }
 
+    /// The number of the last event.
+    pub fn last(&self) -> u64 {
+        *self.next.lock() - 1
+    }
+
     /// Says that something happened; `slot` and `log` are the machine's, `machine` its name (`-` for the service).
     pub fn say(&self, slot: u32, machine: &str, log: Option<&TextLog>, verb: &str, details: &[(&str, &str)]) {
         self.say_quietly(slot, machine, log, verb, details);

@@ -1,15 +1,16 @@
-//! Facts in text and JSON: `info`, `index`, `.sys/metrics`. Numbers that change by themselves are fixed-width, so that
+//! Facts in text and JSON: `info`, `index`. Numbers that change by themselves are fixed-width, so that
 //! a size asked for before a read is right at the read.
 
 use super::Machine;
 use super::events::stamp;
 use super::registry::Registry;
 use super::state::State;
+use super::vars::VarKind;
 use serde_json::{Map, Value, json};
 use std::fmt::Write;
 
 impl Machine {
-    fn uptime_secs(&self) -> u64 {
+    pub(super) fn uptime_secs(&self) -> u64 {
         let started = self.run.lock().started;
         match (self.state(), started) {
             (State::Running | State::Paused, Some(started)) => started.elapsed().map_or(0, |time| time.as_secs()),
@@ -21,16 +22,20 @@ impl Machine {
     fn facts(&self) -> Vec<(String, String)> {
         let config = self.config.lock().0.clone();
         let backend = self.backend();
+        let state = self.state();
+        let is_down = matches!(state, State::Stopped | State::Failed | State::Lost | State::Creating);
         let mut facts: Vec<(String, String)> = Vec::new();
         let mut add = |key: &str, value: String| facts.push((key.to_string(), value));
         add("id", self.id.clone());
         add("name", self.name());
-        add("state", self.state().to_string());
+        add("state", state.to_string());
+        add("idle", if self.is_idle() { "yes" } else { "no" }.to_string());
         add("uid", self.owner.0.to_string());
         add("gid", self.owner.1.to_string());
         add("created", stamp(self.created));
         add("backend", backend.name().to_string());
         add("isolation", backend.isolation().to_string());
+        add("template", self.template().to_string());
         add("image", config.get("image").unwrap_or("host").to_string());
         add("uptime", format!("{:010}", self.uptime_secs()));
         let run = self.run.lock();
@@ -53,7 +58,11 @@ impl Machine {
                 add("address", address.clone());
             }
         }
-        if let Some(running) = &run.config {
+        for (id, name) in self.vars.list(VarKind::Tag) {
+            let value = self.vars.value(VarKind::Tag, id).unwrap_or_default();
+            add("tag", format!("{name} {}", String::from_utf8_lossy(&value)));
+        }
+        if let Some(running) = run.config.as_ref().filter(|_| !is_down) {
             for key in super::config::KEYS {
                 let waits = key.applies == super::config::Applies::NextStart;
                 let (now, next) = (running.get(key.name), config.get(key.name));
@@ -84,7 +93,7 @@ impl Machine {
     pub fn info_json(&self) -> String {
         let mut object = Map::new();
         for (key, value) in self.facts() {
-            let repeated = matches!(key.as_str(), "warning" | "address" | "pending");
+            let repeated = matches!(key.as_str(), "warning" | "address" | "pending" | "tag");
             let value = Value::String(value);
             if repeated {
                 if let Value::Array(list) = object.entry(key).or_insert_with(|| json!([])) {
@@ -137,28 +146,5 @@ impl Registry {
             })
             .collect();
         format!("{}\n", Value::Array(rows))
-    }
-
-    /// Counters, as OpenMetrics text.
-    pub fn metrics_text(&self) -> String {
-        let machines = self.list();
-        let mut text = String::from("# TYPE machinefs_machines gauge\n# HELP machinefs_machines Machines by state.\n");
-        for state in State::ALL.into_iter().filter(|state| *state != State::Destroyed) {
-            let count = machines.iter().filter(|machine| machine.state() == state).count();
-            let _ = writeln!(text, "machinefs_machines{{state=\"{state}\"}} {count:06}");
-        }
-        let unfinished: usize = machines.iter().map(|machine| machine.jobs().unfinished()).sum();
-        let _ = writeln!(
-            text,
-            "# TYPE machinefs_jobs_unfinished gauge\n# HELP machinefs_jobs_unfinished Jobs that have not ended.\n\
-             machinefs_jobs_unfinished {unfinished:06}"
-        );
-        let uptime = self.started().elapsed().map_or(0, |time| time.as_secs());
-        let _ = writeln!(
-            text,
-            "# TYPE machinefs_uptime_seconds gauge\n# UNIT machinefs_uptime_seconds seconds\n# HELP \
-             machinefs_uptime_seconds Seconds since the daemon started.\nmachinefs_uptime_seconds {uptime:010}\n# EOF"
-        );
-        text
     }
 }

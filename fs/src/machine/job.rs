@@ -1,24 +1,24 @@
 //! One job: a command, its output and its end.
 
+mod end;
+mod text;
+
 use super::error::MachineError;
 use super::events::stamp;
 use super::output::{Output, OutputReader, expected_sizes, new_log, open_log, sizes, which};
 use super::store::JobRow;
 use super::watch::Watch;
-use machinefs_protocol::job::{ExitReason, JobEnd};
+use end::{format_end, parse_end, reason_text};
+use machinefs_protocol::job::JobEnd;
 use machinefs_protocol::joblog::{JobLog, LogError};
 use parking_lot::Mutex;
 use std::fs::File;
 use std::io::{self, Read};
-use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
-
-/// Commands longer than this are kept in a file, not in memory; in bytes.
-const COMMAND_IN_MEMORY: usize = 4096;
-/// Characters of a longer one that are kept in memory and in the database, for `history`.
-const COMMAND_HEAD: usize = 1000;
+use text::{COMMAND_HEAD, COMMAND_IN_MEMORY, Command, spool};
+pub use text::{CommandReader, Script};
 
 /// Where a job is in its life.
 #[derive(Clone, Debug, PartialEq)]
@@ -37,50 +37,6 @@ pub(super) enum Phase {
     Ended(JobEnd),
     /// Its machine went away under it; why.
     Lost(String),
-}
-
-/// The text of a job.
-#[derive(Clone, Debug, Default)]
-pub(super) struct Command {
-    /// All of it, or the beginning of one that is in a file.
-    head: Vec<u8>,
-    /// In bytes.
-    len: u64,
-    in_file: bool,
-}
-
-impl Command {
-    fn whole(text: Vec<u8>) -> Command {
-        Command { len: text.len() as u64, head: text, in_file: false }
-    }
-
-    /// Of a text in a file, which begins like this.
-    fn filed(start: &[u8], len: u64) -> Command {
-        let start = start.get(..COMMAND_HEAD * 4).unwrap_or(start);
-        let head: String = String::from_utf8_lossy(start).chars().take(COMMAND_HEAD).collect();
-        Command { head: head.into_bytes(), len, in_file: true }
-    }
-}
-
-/// A complete text, as it comes to a job.
-#[derive(Debug)]
-pub enum Script {
-    /// All of it.
-    Text(Vec<u8>),
-    /// It is in the file [`Job::command_path`] already.
-    File {
-        /// How it begins: at least [`COMMAND_HEAD`] characters.
-        start: Vec<u8>,
-        /// In bytes.
-        len: u64,
-    },
-}
-
-impl Script {
-    /// Whether [`Job::keep_script`] writes it to the disk.
-    pub fn is_to_be_filed(&self) -> bool {
-        matches!(self, Script::Text(text) if text.len() > COMMAND_IN_MEMORY)
-    }
 }
 
 enum Log {
@@ -111,6 +67,7 @@ struct Inner {
 /// A job.
 pub struct Job {
     number: u64,
+    name: Option<String>,
     uid: u32,
     created: SystemTime,
     dir: PathBuf,
@@ -147,7 +104,12 @@ impl Job {
             at_agent: false,
         };
         let (dir, watch) = (dir.to_path_buf(), Watch::new());
-        Job { number, uid, created: SystemTime::now(), dir, inner: Mutex::new(inner), watch }
+        Job { number, name: None, uid, created: SystemTime::now(), dir, inner: Mutex::new(inner), watch }
+    }
+
+    /// The same with a name of its own.
+    pub(super) fn named(self, name: Option<&str>) -> Job {
+        Job { name: name.map(str::to_string), ..self }
     }
 
     /// A job that was found in the machine.
@@ -164,7 +126,7 @@ impl Job {
 
     /// A job as it was written down.
     pub(super) fn load(row: JobRow, dir: &Path, limit: u64) -> Job {
-        let job = Job::new(row.number, row.uid, dir, limit);
+        let job = Job::new(row.number, row.uid, dir, limit).named(row.name.as_deref());
         {
             let mut inner = job.inner.lock();
             inner.started_ms = row.started_ms.map(|millis| millis as u64);
@@ -195,6 +157,22 @@ impl Job {
     /// Its number within the machine.
     pub fn number(&self) -> u64 {
         self.number
+    }
+
+    /// Its name, if it was given one: that of the newest with it is also its directory's.
+    pub fn name(&self) -> Option<&str> {
+        self.name.as_deref()
+    }
+
+    /// How long it has run, once it has ended.
+    pub(super) fn ran(&self) -> Duration {
+        let inner = self.inner.lock();
+        match &inner.phase {
+            Phase::Ended(end) => {
+                Duration::from_millis(end.ended_ms.saturating_sub(inner.started_ms.unwrap_or(end.ended_ms)))
+            }
+            _ => Duration::ZERO,
+        }
     }
 
     /// Who gave it (a user of the host).
@@ -238,6 +216,13 @@ impl Job {
     /// Where a long text of it is.
     pub fn command_path(&self) -> PathBuf {
         self.dir.join(format!("{}.cmd", self.number))
+    }
+
+    /// How its text begins, for `errors`.
+    pub(super) fn command_start(&self) -> String {
+        let inner = self.inner.lock();
+        let head = inner.command.head.get(..200).unwrap_or(&inner.command.head);
+        String::from_utf8_lossy(head).trim_end().to_string()
     }
 
     pub(super) fn command_in_file(&self) -> bool {
@@ -478,6 +463,7 @@ impl Job {
             cpu_micros: 0,
             max_rss_kib: 0,
             command: inner.command.head.clone(),
+            name: self.name.clone(),
         };
         match phase {
             Phase::Ended(end) => {
@@ -529,91 +515,11 @@ impl Job {
     }
 }
 
-/// Reads the text of a job.
-#[derive(Debug)]
-pub enum CommandReader {
-    /// A short one.
-    Text(Vec<u8>),
-    /// A long one, and its length in bytes.
-    File(File, u64),
-}
-
-impl CommandReader {
-    /// Bytes from an offset on; empty at the end. Reads a file at most (the page cache).
-    ///
-    /// # Errors
-    /// The host's spool cannot be read.
-    pub fn read_at(&self, offset: u64, max: usize) -> Result<Vec<u8>, MachineError> {
-        match self {
-            CommandReader::Text(text) => {
-                let from = usize::try_from(offset).unwrap_or(usize::MAX).min(text.len());
-                let to = from.saturating_add(max).min(text.len());
-                Ok(text.get(from..to).unwrap_or_default().to_vec())
-            }
-            CommandReader::File(file, len) => {
-                let left = usize::try_from(len.saturating_sub(offset)).unwrap_or(usize::MAX);
-                let mut bytes = vec![0; max.min(left)];
-                let read = file.read_at(&mut bytes, offset).map_err(|error| spool(&error))?;
-                bytes.truncate(read);
-                Ok(bytes)
-            }
-        }
-    }
-
-    /// In bytes.
-    pub fn size(&self) -> u64 {
-        match self {
-            CommandReader::Text(text) => text.len() as u64,
-            CommandReader::File(_, len) => *len,
-        }
-    }
-}
-
-fn spool(error: &io::Error) -> MachineError {
-    MachineError::no_space(format!("the host's spool: {error}"))
-}
-
-/// The words for how it ended.
-fn reason_text(reason: ExitReason) -> String {
-    match reason {
-        ExitReason::Code(_) => "exit".into(),
-        ExitReason::Signal(signal) => format!("signal {signal}"),
-        ExitReason::Timeout => "timeout".into(),
-        ExitReason::OutOfMemory => "out of memory".into(),
-        ExitReason::NotStarted(errno) => format!("not started: {}", crate::errno::Errno(errno)),
-        ExitReason::Lost => "lost".into(),
-    }
-}
-
-fn format_end(reason: ExitReason) -> String {
-    match reason {
-        ExitReason::Code(code) => format!("code {code}"),
-        ExitReason::Signal(signal) => format!("signal {signal}"),
-        ExitReason::Timeout => "timeout".into(),
-        ExitReason::OutOfMemory => "memory".into(),
-        ExitReason::NotStarted(errno) => format!("notstarted {errno}"),
-        ExitReason::Lost => "lost the agent was restarted".into(),
-    }
-}
-
-fn parse_end(end: &str, ended_ms: u64, cpu_micros: u64, max_rss_kib: u64) -> Phase {
-    let (word, rest) = end.split_once(' ').unwrap_or((end, ""));
-    let reason = match word {
-        "code" => ExitReason::Code(rest.parse().unwrap_or(125)),
-        "signal" => ExitReason::Signal(rest.parse().unwrap_or(0)),
-        "timeout" => ExitReason::Timeout,
-        "memory" => ExitReason::OutOfMemory,
-        "notstarted" => ExitReason::NotStarted(rest.parse().unwrap_or(0)),
-        _ => return Phase::Lost(rest.to_string()),
-    };
-    Phase::Ended(JobEnd { reason, log_end: 0, cpu_micros, max_rss_kib, ended_ms })
-}
-
 #[cfg(test)]
 mod tests {
     use super::super::output::Chunk;
     use super::*;
-    use machinefs_protocol::job::{Source, record_header};
+    use machinefs_protocol::job::{ExitReason, Source, record_header};
 
     fn record(source: Source, bytes: &[u8]) -> Vec<u8> {
         [&record_header(source, bytes.len())[..], bytes].concat()

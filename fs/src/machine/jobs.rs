@@ -1,25 +1,28 @@
 //! The jobs of a machine: given to the agent when it is there, kept when they have ended.
 
+mod keep;
+mod start;
+mod table;
+
+use super::Machine;
 use super::error::MachineError;
 use super::job::{Job, Phase, Script};
 use super::store::{self, JobRow, LogKind};
-use super::{Machine, config};
 use crate::errno::Errno;
-use crate::link::{Link, LinkError, RequestOptions, StreamSink};
+use crate::link::{Link, LinkError, RequestOptions};
 use crate::tree::ops::Caller;
+use keep::keep;
 use machinefs_protocol::frame::decode_meta;
-use machinefs_protocol::job::{ExitReason, JobEnd, JobInfo, JobSpec};
-use machinefs_protocol::message::{Reply, Request};
+use machinefs_protocol::job::{ExitReason, JobEnd, JobInfo};
+use machinefs_protocol::message::Request;
 use parking_lot::Mutex;
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use start::{Long, attach, forget, keep_and_start, start};
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 use std::sync::{Arc, Weak};
 use std::time::{Duration, SystemTime};
+use table::{Table, surplus};
 
-/// Finished jobs kept a machine.
-const KEEP: usize = 100;
-/// Bytes of finished jobs' output kept a machine.
-const KEEP_BYTES: u64 = 256 << 20;
 /// Jobs that may be unfinished at once.
 const MOST_UNFINISHED: usize = 4096;
 /// Largest number of a job.
@@ -29,26 +32,8 @@ const REMOVED: &str = "removed";
 /// What could not be written down is tried again after this, and then ever less often.
 const RETRY: Duration = Duration::from_secs(1);
 const LONGEST_RETRY: Duration = Duration::from_secs(30);
-/// Output kept of a job where `output_limit` says `max`.
-const LARGEST_OUTPUT: u64 = 1 << 40;
-
-struct Table {
-    jobs: BTreeMap<u64, Arc<Job>>,
-    next: u64,
-    /// The agent, when jobs can be given to it.
-    link: Option<Arc<Link>>,
-    unfinished: usize,
-    changed: SystemTime,
-    /// Removed jobs that the agent is still to forget.
-    owed: BTreeSet<u64>,
-}
-
-/// Jobs with long texts go to the agent one after the other, so that only one text is in memory.
-#[derive(Default)]
-struct Long {
-    busy: bool,
-    waiting: VecDeque<Arc<Job>>,
-}
+/// The name of the job that is a machine's main process.
+pub(super) const MAIN: &str = "main";
 
 /// The jobs of a machine.
 pub struct Jobs {
@@ -62,6 +47,7 @@ impl Jobs {
     pub(super) fn new(machine: Weak<Machine>, dir: PathBuf) -> Jobs {
         let table = Table {
             jobs: BTreeMap::new(),
+            names: BTreeMap::new(),
             next: 1,
             link: None,
             unfinished: 0,
@@ -83,7 +69,7 @@ impl Jobs {
             }
             let job = Arc::new(Job::load(row, &self.dir, limit));
             table.unfinished += usize::from(!job.is_done());
-            table.jobs.insert(job.number(), job);
+            table.insert(job);
         }
     }
 
@@ -97,9 +83,19 @@ impl Jobs {
     /// # Errors
     /// EHOSTDOWN when the machine is stopped, failed or lost; EMFILE when too many are unfinished; EACCES; ENOSPC.
     pub fn begin(&self, caller: Caller) -> Result<Arc<Job>, MachineError> {
+        self.begin_as(caller, None)
+    }
+
+    /// As [`Jobs::begin`], with a name: an older job of that name is known by its number from now on.
+    ///
+    /// # Errors
+    /// As [`Jobs::begin`].
+    pub(super) fn begin_as(&self, caller: Caller, name: Option<&str>) -> Result<Arc<Job>, MachineError> {
         let machine = self.machine()?;
         machine.check_owner(caller)?;
-        if !machine.state().takes_jobs() {
+        machine.used();
+        machine.wake();
+        if !machine.accepts_jobs() {
             return Err(machine.down_error());
         }
         machine.shared.check_space()?;
@@ -114,8 +110,8 @@ impl Jobs {
         table.next += 1;
         table.unfinished += 1;
         table.changed = SystemTime::now();
-        let job = Arc::new(Job::new(number, caller.uid, &self.dir, output_limit(&machine)));
-        table.jobs.insert(number, job.clone());
+        let job = Arc::new(Job::new(number, caller.uid, &self.dir, machine.output_limit()).named(name));
+        table.insert(job.clone());
         machine.shared.store.set_counter(&store::jobs_counter(machine.slot), number as i64);
         Ok(job)
     }
@@ -137,17 +133,49 @@ impl Jobs {
         let Ok(machine) = self.machine() else { return };
         // A line like this needs no file, and so cannot fail.
         let _ = job.keep_script(Script::Text(format!("# {why}").into_bytes()));
-        let reason = ExitReason::NotStarted(errno.0);
-        let end = JobEnd { reason, log_end: 0, cpu_micros: 0, max_rss_kib: 0, ended_ms: now_ms() };
-        self.finish(&machine, job, Phase::Ended(end));
+        self.end_unstarted(&machine, job, errno);
         let path = job.command_path();
         // Not there is what is wanted; any other failure goes with the machine's directory.
         machine.shared.runtime.spawn_blocking(move || drop(std::fs::remove_file(path)));
     }
 
-    /// The job with the highest number.
+    /// A complete text may not be run after all.
+    fn refuse(&self, machine: &Arc<Machine>, job: &Arc<Job>, error: &MachineError) {
+        machine.record_error("exec", error.errno(), &error.to_string(), &job.command_start());
+        self.end_unstarted(machine, job, error.errno());
+    }
+
+    fn end_unstarted(&self, machine: &Arc<Machine>, job: &Arc<Job>, errno: Errno) {
+        let reason = ExitReason::NotStarted(errno.0);
+        let end = JobEnd { reason, log_end: 0, cpu_micros: 0, max_rss_kib: 0, ended_ms: now_ms() };
+        self.finish(machine, job, Phase::Ended(end));
+    }
+
+    /// The newest that a user gave; where there is none, the main process.
     pub fn newest(&self) -> Option<Arc<Job>> {
-        self.table.lock().jobs.last_key_value().map(|(_, job)| job.clone())
+        let table = self.table.lock();
+        let mut newest_first = table.jobs.values().rev();
+        let given = newest_first.find(|job| job.name() != Some(MAIN));
+        given.or_else(|| table.jobs.values().next_back()).cloned()
+    }
+
+    /// The job of that name or number; what has a name is not found by its number.
+    pub fn find(&self, name: &[u8]) -> Option<Arc<Job>> {
+        let name = std::str::from_utf8(name).ok()?;
+        let table = self.table.lock();
+        let named = table.names.get(name).copied();
+        let number = named.or_else(|| name.parse().ok().filter(|number: &u64| number.to_string() == name))?;
+        table.jobs.get(&number).filter(|job| named.is_some() || !table.goes_by_name(job)).cloned()
+    }
+
+    /// Numbers of the jobs there are, ascending, with the names of their directories.
+    pub fn named_list(&self) -> Vec<(u64, String)> {
+        let table = self.table.lock();
+        let called = |job: &Arc<Job>| match job.name() {
+            Some(name) if table.goes_by_name(job) => name.to_string(),
+            _ => job.number().to_string(),
+        };
+        table.jobs.values().map(|job| (job.number(), called(job))).collect()
     }
 
     /// The job of that number.
@@ -158,6 +186,13 @@ impl Jobs {
     /// The numbers of the jobs there are, ascending.
     pub fn list(&self) -> Vec<u64> {
         self.table.lock().jobs.keys().copied().collect()
+    }
+
+    /// How many have not ended, those of a name not counted.
+    pub(super) fn unfinished_besides(&self, name: &str) -> usize {
+        let table = self.table.lock();
+        let named = table.names.get(name).and_then(|number| table.jobs.get(number)).is_some_and(|job| !job.is_done());
+        table.unfinished.saturating_sub(usize::from(named))
     }
 
     /// How many have not ended.
@@ -199,7 +234,7 @@ impl Jobs {
         let number = job.number();
         {
             let mut table = self.table.lock();
-            if table.jobs.remove(&number).is_none() {
+            if !table.remove(number) {
                 return;
             }
             table.changed = SystemTime::now();
@@ -237,6 +272,11 @@ impl Jobs {
 
     /// The agent answers: goes on with what it has, gives it what it does not know yet.
     pub(super) async fn connected(&self, machine: &Arc<Machine>, link: &Arc<Link>) {
+        // Before any job starts. Without them another stream may do better.
+        if let Err(error) = machine.give_secrets(link).await {
+            tracing::warn!(machine = machine.id, %error, "the agent did not take the secrets");
+            return link.close();
+        }
         let answer = link.call(&Request::JobList, &[], RequestOptions::within(link.op_deadline())).await;
         let known = answer.and_then(|response| {
             decode_meta(&response.body).map_err(|error| LinkError::Lie(format!("a list of jobs: {error}").into()))
@@ -308,9 +348,9 @@ impl Jobs {
             if table.unfinished >= MOST_UNFINISHED {
                 break;
             }
-            let job = Job::recovered(number, machine.owner.0, &self.dir, output_limit(machine), info.started_ms);
+            let job = Job::recovered(number, machine.owner.0, &self.dir, machine.output_limit(), info.started_ms);
             machine.shared.store.put_job(machine.slot, job.row());
-            table.jobs.insert(number, Arc::new(job));
+            table.insert(Arc::new(job));
             table.unfinished += 1;
             table.next = table.next.max(number + 1);
             table.changed = SystemTime::now();
@@ -344,6 +384,8 @@ impl Jobs {
             match job.phase() {
                 // The writer will be told at its next write.
                 Phase::Writing => {}
+                // Given while it went to rest: it runs when the machine is awake.
+                Phase::Queued if machine.is_idle() => {}
                 Phase::Draining(end) => self.finish(machine, &job, Phase::Ended(end)),
                 _ => self.lose(machine, &job, "the machine went down"),
             }
@@ -374,6 +416,12 @@ impl Jobs {
         if !is_first {
             return;
         }
+        machine.used();
+        let ran = job.ran();
+        machine.count_job(u64::try_from(ran.as_millis()).unwrap_or(u64::MAX));
+        if let (Some(MAIN), Some(Ok(code))) = (job.name(), job.exit()) {
+            machine.main_ended(code, ran);
+        }
         let surplus = {
             let mut table = self.table.lock();
             table.unfinished = table.unfinished.saturating_sub(1);
@@ -390,239 +438,6 @@ impl Jobs {
     }
 }
 
-/// Writes down a job that has ended, output first. What fails is tried again: until then it is kept in memory.
-async fn keep(machine: &Arc<Machine>, job: &Arc<Job>) {
-    let there = || machine.jobs.get(job.number()).is_some();
-    let mut pause = RETRY;
-    let mut told = false;
-    while there() {
-        let saving = job.clone();
-        let saved = match tokio::task::spawn_blocking(move || saving.save_log()).await {
-            Ok(saved) => saved.map_err(|error| MachineError::no_space(format!("the host's spool: {error}"))),
-            Err(_) => return,
-        };
-        let written = match saved {
-            // Put again at each turn: only a row that is there says that the output is.
-            Ok(()) if machine.jobs.put(machine, job) => machine.shared.store.flush().await,
-            Ok(()) => return,
-            Err(error) => Err(error),
-        };
-        match written {
-            Ok(()) => {
-                job.set_stored();
-                // Only what is safe here may be forgotten there.
-                return machine.jobs.forget_there(machine, job);
-            }
-            Err(error) if !told => {
-                told = true;
-                let what = format!("job {} cannot be written down yet: {error}", job.number());
-                machine.record_error("job", error.errno(), &what, "");
-            }
-            Err(_) => {}
-        }
-        tokio::time::sleep(pause).await;
-        pause = (pause * 2).min(LONGEST_RETRY);
-    }
-}
-
-/// Writes down a job whose text is complete, then starts it.
-fn keep_and_start(
-    machine: &Arc<Machine>,
-    job: &Arc<Job>,
-    script: Script,
-    done: impl FnOnce(Result<(), MachineError>) + Send + 'static,
-) {
-    let fail = |machine: &Arc<Machine>, job: &Arc<Job>, error: &MachineError| {
-        machine.jobs.abandon(job, error.errno(), &format!("not run: {error}"));
-    };
-    if let Err(error) = job.keep_script(script) {
-        let error = MachineError::no_space(format!("the script cannot be kept on the host: {error}"));
-        fail(machine, job, &error);
-        return done(Err(error));
-    }
-    machine.jobs.put(machine, job);
-    let (owner, job) = (machine.clone(), job.clone());
-    machine.shared.store.settled(move |written| {
-        if let Err(error) = &written {
-            fail(&owner, &job, error);
-        } else if job.set_phase(Phase::Queued) {
-            let link = owner.jobs.table.lock().link.clone();
-            match link {
-                Some(link) => start(&owner, &link, &job),
-                // A machine that went down meanwhile ends it; one that boots starts it.
-                None if !owner.state().takes_jobs() => owner.jobs.lose(&owner, &job, "the machine is down"),
-                None => {}
-            }
-        }
-        done(written);
-    });
-}
-
-/// The oldest finished jobs beyond what is kept.
-fn surplus(table: &Table) -> Vec<Arc<Job>> {
-    let finished: Vec<&Arc<Job>> = table.jobs.values().filter(|job| job.is_done()).collect();
-    let (mut count, mut bytes) = (0, 0);
-    let mut gone = Vec::new();
-    for job in finished.into_iter().rev() {
-        count += 1;
-        bytes += job.disk();
-        if count > KEEP || (bytes > KEEP_BYTES && count > 1) {
-            gone.push(job.clone());
-        }
-    }
-    gone
-}
-
 fn now_ms() -> u64 {
     SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |since| since.as_millis() as u64)
-}
-
-pub(super) fn output_limit(machine: &Machine) -> u64 {
-    machine.config.lock().0.size("output_limit").unwrap_or(LARGEST_OUTPUT)
-}
-
-fn job_spec(config: &config::Config) -> JobSpec {
-    let text = |name| config.given(name).map(|value| value.as_bytes().to_vec()).unwrap_or_default();
-    // The working directory's default is the home of whoever the job runs as.
-    let moved = config.overrides().any(|(name, _)| name == "workdir");
-    JobSpec {
-        shell: text("shell"),
-        cwd: if moved { text("workdir") } else { Vec::new() },
-        user: text("user"),
-        timeout_ms: config
-            .time("exec_timeout")
-            .map_or(0, |time| u64::try_from(time.as_millis()).unwrap_or(u64::MAX).max(1)),
-        output_limit: config.size("output_limit").unwrap_or(LARGEST_OUTPUT),
-        ..JobSpec::default()
-    }
-}
-
-/// Gives a job to the agent: at once, or, with a long text, when its turn comes.
-fn start(machine: &Arc<Machine>, link: &Arc<Link>, job: &Arc<Job>) {
-    if job.command_in_file() {
-        machine.jobs.long.lock().waiting.push_back(job.clone());
-        start_long(machine);
-    } else {
-        send_start(machine, link, job, || {});
-    }
-}
-
-/// Starts the next job with a long text, unless one is on its way.
-fn start_long(machine: &Arc<Machine>) {
-    let next = {
-        let mut long = machine.jobs.long.lock();
-        let next = if long.busy { None } else { long.waiting.pop_front() };
-        long.busy |= next.is_some();
-        next
-    };
-    let Some(job) = next else { return };
-    let owner = machine.clone();
-    machine.shared.runtime.spawn_blocking(move || {
-        let of_end = owner.clone();
-        let end = move || {
-            of_end.jobs.long.lock().busy = false;
-            start_long(&of_end);
-        };
-        let link = owner.jobs.table.lock().link.clone();
-        match link {
-            Some(link) => send_start(&owner, &link, &job, end),
-            // It stays queued, and comes again when the agent is back.
-            None => end(),
-        }
-    });
-}
-
-/// Sends a job to the agent. `sent` is called when that is over.
-fn send_start(machine: &Arc<Machine>, link: &Arc<Link>, job: &Arc<Job>, sent: impl FnOnce() + Send + 'static) {
-    if job.phase() != Phase::Queued || !job.set_phase(Phase::Starting) {
-        return sent();
-    }
-    let spec = job_spec(&machine.config.lock().0);
-    let body = spec.start_body(&[]).map_err(|error| error.to_string()).and_then(|(spec_len, mut body)| {
-        job.add_command(&mut body).map_err(|error| format!("its script on the host: {error}"))?;
-        Ok((spec_len, body))
-    });
-    let (spec_len, body) = match body {
-        Ok(start) => start,
-        Err(error) => {
-            machine.jobs.lose(machine, job, &format!("it cannot be started: {error}"));
-            return sent();
-        }
-    };
-    job.set_at_agent(true);
-    let request = Request::JobStart { job: job.number(), spec_len };
-    let (owner, there, started) = (machine.clone(), link.clone(), job.clone());
-    link.request(
-        &request,
-        &body,
-        RequestOptions::forever(),
-        Box::new(move |answer| {
-            match answer.map(|response| response.reply) {
-                Ok(Reply::Started { pid, started_ms }) => {
-                    started.set_started(pid, started_ms);
-                    attach(&owner, &there, &started);
-                }
-                Ok(_) => owner.jobs.lose(&owner, &started, "the agent gave a wrong answer"),
-                Err(LinkError::Remote { errno: Errno::EEXIST, .. }) => attach(&owner, &there, &started),
-                Err(error @ LinkError::Remote { .. }) => {
-                    tracing::warn!(machine = owner.id, job = started.number(), %error, "a job was refused");
-                    owner.jobs.lose(&owner, &started, &format!("the agent refused it: {error}"));
-                }
-                // It never left: it is tried again.
-                Err(LinkError::Overloaded) => {
-                    started.requeue();
-                    let owner = owner.clone();
-                    owner.shared.runtime.clone().spawn(async move {
-                        tokio::time::sleep(RETRY).await;
-                        start(&owner, &there, &started);
-                    });
-                }
-                // The stream broke: whether it runs is asked when the agent is back, or the machine is lost.
-                Err(_) => {}
-            }
-            sent();
-        }),
-    );
-}
-
-/// Has the agent forget a job; `gone` is called when it has, or did not know it. A broken stream is followed by a
-/// comparison of both sides' jobs.
-fn forget(link: &Arc<Link>, job: u64, gone: impl FnOnce() + Send + 'static) {
-    let done = Box::new(move |answer| {
-        if matches!(answer, Ok(_) | Err(LinkError::Remote { errno: Errno::ENOENT, .. })) {
-            gone();
-        }
-    });
-    link.request(&Request::JobForget { job }, &[], RequestOptions::forever(), done);
-}
-
-/// Has the agent send a job's output, from where we are.
-fn attach(machine: &Arc<Machine>, link: &Arc<Link>, job: &Arc<Job>) {
-    let sink = Arc::new(Output { machine: Arc::downgrade(machine), job: job.clone() });
-    link.attach(job.number(), job.log_end(), sink);
-}
-
-/// Takes a job's output from the agent's stream.
-struct Output {
-    machine: Weak<Machine>,
-    job: Arc<Job>,
-}
-
-impl StreamSink for Output {
-    fn records(&self, records: &[u8]) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
-        self.job.append(records)?;
-        if self.job.take_storage_failure()
-            && let Some(machine) = self.machine.upgrade()
-        {
-            let what = format!("output of job {} is lost: the host's disk is full", self.job.number());
-            machine.record_error("job", Errno::ENOSPC, &what, "");
-        }
-        if let (Phase::Draining(end), Some(machine)) = (self.job.phase(), self.machine.upgrade()) {
-            machine.jobs.ended(&machine, self.job.number(), end);
-        }
-        Ok(())
-    }
-
-    // The machine hears of a lost stream as a whole, and attaches anew.
-    fn lost(&self) {}
 }

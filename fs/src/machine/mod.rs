@@ -1,7 +1,9 @@
 //! Machines: their life, configuration, jobs and logs. Knows backends and agents; knows nothing of the tree's names
 //! or of FUSE.
 
+pub mod command;
 pub mod config;
+mod enter;
 pub mod error;
 pub mod events;
 pub mod forward;
@@ -9,15 +11,29 @@ pub mod input;
 mod info;
 pub mod job;
 pub mod jobs;
+mod keys;
+mod life;
+pub mod limits;
+mod metrics;
 pub mod output;
 pub mod registry;
+pub mod root_verbs;
 mod runner;
+mod secrets;
+mod settings;
 mod silence;
 pub mod setup;
 pub mod state;
 mod store;
+pub mod templates;
 pub mod textlog;
+mod usage;
+pub mod vars;
+pub mod vault;
+mod verbs;
 pub mod watch;
+
+pub use verbs::VERBS;
 
 use crate::errno::Errno;
 use crate::link::{Link, RequestOptions};
@@ -27,7 +43,7 @@ use config::Config;
 use error::MachineError;
 use events::stamp;
 use jobs::Jobs;
-use machinefs_backends::{Backend, MachineSpec};
+use machinefs_backends::Backend;
 use machinefs_protocol::message::{GuestInfo, Request};
 use parking_lot::{Mutex, RwLock};
 use registry::Shared;
@@ -42,6 +58,7 @@ use store::LogKind;
 use textlog::TextLog;
 use tokio::io::unix::AsyncFd;
 use tokio::sync::mpsc;
+use vars::Vars;
 use watch::Watch;
 
 /// Bytes kept of a machine's `events`, `errors` and `history`, each, and of its `console`.
@@ -64,6 +81,10 @@ struct Life {
     changed: SystemTime,
     /// Why it is failed or lost, for those who wait.
     why: String,
+    /// It is down, or going down, only because nobody used it: the next use wakes it.
+    idle: bool,
+    /// It was used while it was going down: it is to start again at once.
+    wake: bool,
 }
 
 /// What is there while the agent answers.
@@ -108,6 +129,15 @@ pub struct Machine {
     /// The run whose agent is being sought, 0 for none.
     seeking: AtomicU64,
     jobs: Jobs,
+    vars: Vars,
+    delivery: secrets::Delivery,
+    /// The template it was made from.
+    template: String,
+    /// When it was last used, in milliseconds since the service started.
+    last_use: AtomicU64,
+    /// Jobs that have ended, ever, and their milliseconds.
+    ended_jobs: Mutex<(u64, u64)>,
+    restarts: Mutex<life::Restarts>,
     events: TextLog,
     console: TextLog,
     errors: TextLog,
@@ -115,24 +145,8 @@ pub struct Machine {
     actions: mpsc::UnboundedSender<Action>,
 }
 
-/// The verbs of a machine's `ctl`.
-pub const VERBS: &[Verb] = &[
-    Verb { name: "start", usage: "start", doc: "boot it; succeeds when it runs already" },
-    Verb {
-        name: "stop",
-        usage: "stop [GRACE]",
-        doc: "ask it to end, kill it after GRACE (10s); succeeds when it is stopped",
-    },
-    Verb { name: "kill", usage: "kill", doc: "end it without asking" },
-    Verb { name: "restart", usage: "restart", doc: "stop and start" },
-    Verb { name: "pause", usage: "pause", doc: "freeze every process in it" },
-    Verb { name: "resume", usage: "resume", doc: "undo pause" },
-    Verb { name: "destroy", usage: "destroy", doc: "remove it with its disk, as rmdir does" },
-    Verb { name: "set", usage: "set KEY=VALUE…", doc: "change its configuration, as writing to config/KEY does" },
-];
-
 impl Machine {
-    /// Its number: below 2^24, never used again.
+    /// Its number: below [`templates::FIRST_SLOT`], never used again.
     pub fn slot(&self) -> u32 {
         self.slot
     }
@@ -207,6 +221,16 @@ impl Machine {
         &self.jobs
     }
 
+    /// Its environment, secrets and tags.
+    pub fn vars(&self) -> &Vars {
+        &self.vars
+    }
+
+    /// The name of the template it was made from.
+    pub fn template(&self) -> &str {
+        &self.template
+    }
+
     /// The guest's files, while the agent is connected.
     pub fn files(&self) -> Option<Arc<GuestFiles>> {
         self.guest.read().as_ref().map(|guest| guest.files.clone())
@@ -218,8 +242,9 @@ impl Machine {
 
     /// Why its files or jobs cannot be used now.
     pub fn down_errno(&self) -> Errno {
-        match self.state() {
-            State::Running | State::Paused => Errno::EHOSTUNREACH,
+        let life = self.life.lock();
+        match life.state {
+            State::Running | State::Paused if !life.idle => Errno::EHOSTUNREACH,
             _ => Errno::EHOSTDOWN,
         }
     }
@@ -228,6 +253,7 @@ impl Machine {
     pub fn down_error(&self) -> MachineError {
         let life = self.life.lock();
         match life.state {
+            _ if life.idle => MachineError::down("nobody used it, and it rests: the next exec wakes it"),
             State::Running | State::Paused => MachineError::unreachable("its agent does not answer"),
             State::Failed | State::Lost => MachineError::down(format!(
                 "the machine is {}: {}; read errors, then: echo start > ctl",
@@ -247,60 +273,6 @@ impl Machine {
             return Ok(());
         }
         Err(MachineError::denied(format!("the machine belongs to user {}", self.owner.0)))
-    }
-
-    /// A line of `ctl`, already split into words. Success means accepted.
-    ///
-    /// # Errors
-    /// EINVAL for an unknown verb, too many or bad words; EBUSY in the wrong state; EACCES, EPERM.
-    pub fn ctl(self: &Arc<Self>, caller: Caller, words: &[String]) -> Result<(), MachineError> {
-        self.check_owner(caller)?;
-        let Some((verb, args)) = words.split_first() else { return Ok(()) };
-        let usage = VERBS.iter().find(|known| known.name == verb);
-        let Some(usage) = usage else {
-            let names: Vec<&str> = VERBS.iter().map(|verb| verb.name).collect();
-            return Err(MachineError::invalid(format!(
-                "unknown control message \"{}\": the verbs are {}",
-                words.join(" "),
-                names.join(" ")
-            )));
-        };
-        let event = match (verb.as_str(), args) {
-            ("start", []) => Event::Start,
-            ("stop", []) => Event::Stop,
-            ("stop", [grace]) => {
-                let grace = config::parse_time(grace)
-                    .flatten()
-                    .ok_or_else(|| MachineError::invalid(format!("bad grace \"{grace}\": a time as 10s")))?;
-                self.grace_ms.store(u64::try_from(grace.as_millis()).unwrap_or(u64::MAX), Ordering::Relaxed);
-                Event::Stop
-            }
-            ("kill", []) => Event::Kill,
-            ("restart", []) => Event::Restart,
-            ("pause", []) if self.state() == State::Running && !self.backend().capabilities(&self.spec()).pause => {
-                return Err(MachineError::not_supported("this host has no freezer control group for the machine"));
-            }
-            ("pause", []) => Event::Pause,
-            ("resume", []) => Event::Resume,
-            ("destroy", []) => return self.destroy(caller),
-            ("set", [_, ..]) => return self.set_many(args),
-            _ => return Err(MachineError::invalid(format!("wrong words after {verb}: usage: {}", usage.usage))),
-        };
-        self.fire(event).map_err(|help| state::refusal(verb, self.state(), help))
-    }
-
-    fn set_many(self: &Arc<Self>, args: &[String]) -> Result<(), MachineError> {
-        let pairs = registry::parse_pairs(args)?;
-        let mut trial = self.config.lock().0.clone();
-        // All or nothing: a failed line has no effect.
-        for (key, value) in &pairs {
-            self.check_settable(key)?;
-            trial.set(key, value)?;
-        }
-        for (key, value) in &pairs {
-            self.config_set(key, value)?;
-        }
-        Ok(())
     }
 
     /// Removes it: at once for the user, behind that for good.
@@ -324,17 +296,31 @@ impl Machine {
     }
 
     fn fire_because(self: &Arc<Self>, event: Event, why: &str) -> Result<(), &'static str> {
+        self.fire_and_rest(event, why, false)
+    }
+
+    /// As [`Machine::fire_because`]; `idle`: it is down only until somebody uses it.
+    fn fire_and_rest(self: &Arc<Self>, event: Event, why: &str, idle: bool) -> Result<(), &'static str> {
         {
             let mut life = self.life.lock();
+            // Its end is on the way to what was begun, and no news; everything else is another beginning.
+            let rests = idle || (life.idle && event == Event::Ended && life.state == State::Stopping);
             let (next, action) = match state::step(life.state, event) {
                 Step::Go(next, action) => (next, action),
                 Step::Stay => return Ok(()),
                 Step::Refuse(help) => return Err(help),
             };
             let from = life.state;
+            if next == State::Running {
+                self.used();
+            }
             life.state = next;
             life.changed = SystemTime::now();
             life.why = why.to_string();
+            if life.idle != rests {
+                (life.idle, life.wake) = (rests, false);
+                self.shared.store.set_idle(self.slot, rests);
+            }
             if from != next {
                 self.shared.store.set_state(self.slot, next.word());
                 let mut details = vec![("from", from.word()), ("to", next.word())];
@@ -352,6 +338,11 @@ impl Machine {
         self.shared.events.wake(Some(&self.events));
         self.state_watch.notify();
         Ok(())
+    }
+
+    /// Tells of a change that was made to it.
+    pub fn tell(&self, verb: &str, details: &[(&str, &str)]) {
+        self.say(verb, details);
     }
 
     fn say(&self, verb: &str, details: &[(&str, &str)]) {
@@ -379,88 +370,6 @@ impl Machine {
     /// Does on another thread what writes to the disk.
     pub fn on_disk(&self, work: impl FnOnce() + Send + 'static) {
         self.shared.runtime.spawn_blocking(work);
-    }
-
-    // ---- configuration ----
-
-    /// The value of a key in force, as text.
-    pub fn config_get(&self, key: &str) -> Option<String> {
-        self.config.lock().0.get(key).map(str::to_string)
-    }
-
-    /// When the configuration was last changed.
-    pub fn config_changed(&self) -> SystemTime {
-        self.config.lock().1
-    }
-
-    fn check_settable(&self, name: &str) -> Result<(), MachineError> {
-        let key = config::known(name)?;
-        if key.applies == config::Applies::AtCreation {
-            return Err(MachineError::busy(format!(
-                "{name} can only be given when a machine is made: echo 'create NAME {name}=VALUE' > ../ctl"
-            )));
-        }
-        Ok(())
-    }
-
-    /// Sets a key. One that waits for the next start is accepted, and pending in `info`.
-    ///
-    /// # Errors
-    /// EINVAL for an unknown key or a bad value; EBUSY for a key that can only be given at creation.
-    pub fn config_set(self: &Arc<Self>, name: &str, value: &str) -> Result<(), MachineError> {
-        if self.config_get(name).as_deref() == Some(value) {
-            return Ok(());
-        }
-        self.check_settable(name)?;
-        {
-            let mut config = self.config.lock();
-            config.0.set(name, value)?;
-            config.1 = SystemTime::now();
-        }
-        self.shared.store.set_config(self.slot, name, value);
-        // Not its value: the log of all machines is open to everybody.
-        self.say("config", &[("key", name)]);
-        Ok(())
-    }
-
-    /// Checks a value without setting it.
-    ///
-    /// # Errors
-    /// As [`Machine::config_set`].
-    pub fn config_check(&self, name: &str, value: &str) -> Result<(), MachineError> {
-        if self.config_get(name).as_deref() == Some(value) {
-            return Ok(());
-        }
-        self.check_settable(name)?;
-        config::known(name)?.check(value)
-    }
-
-    /// Where jobs start: an absolute path in the guest.
-    pub fn workdir(&self) -> Vec<u8> {
-        self.config_get("workdir").unwrap_or_default().into_bytes()
-    }
-
-    fn hostname(&self) -> String {
-        self.config.lock().0.given("hostname").map_or_else(|| self.name(), str::to_string)
-    }
-
-    /// What the backend needs to know.
-    fn spec(&self) -> MachineSpec {
-        let config = self.config.lock().0.clone();
-        MachineSpec {
-            id: self.id.clone(),
-            dir: self.dir.join("backend"),
-            image: config.get("image").unwrap_or("host").to_string(),
-            cpus: config.cpus(),
-            memory: config.size("memory"),
-            pids: config.count("pids"),
-            hostname: self.hostname(),
-            uid_slot: self.uid_slot,
-            network: machinefs_backends::Network::None,
-            disk: None,
-            owner: machinefs_backends::Owner::default(),
-            mounts: Vec::new(),
-        }
     }
 
     fn backend(&self) -> Arc<dyn Backend> {

@@ -1,16 +1,18 @@
 //! The service: all machines, by name and by number.
 
 use super::config::Config;
+use super::enter::{enter, take_up};
 use super::error::MachineError;
 use super::events::Events;
-use super::jobs::Jobs;
-use super::runner::{self, Begin};
-use super::silence::Silence;
+use super::limits::{Limits, Share};
+use super::runner::Begin;
 use super::state::State;
-use super::store::{self, LogKind, MachineRow, Store};
+use super::store::{self, MachineRow, Store};
+use super::templates::{DEFAULT, Template, Templates};
 use super::textlog::TextLog;
-use super::watch::Watch;
-use super::{LOG_LIMIT, LOG_LINES, Life, Machine, RunFacts, Verb, config};
+use super::vars::VarRow;
+use super::vault::Vault;
+use super::{Machine, config};
 use crate::tree::cache::HostCache;
 use crate::tree::guest::GuestFiles;
 use crate::tree::ops::Caller;
@@ -19,9 +21,9 @@ use machinefs_backends::Backend;
 use parking_lot::{Mutex, RwLock};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
-use std::time::{Duration, SystemTime};
+use std::time::{Instant, SystemTime};
 use tokio::sync::mpsc;
 
 /// Machines there may be at once, unless configured.
@@ -36,8 +38,12 @@ const LEAST_FREE: u64 = 256 * 1024;
 pub struct Options {
     /// Where machines and the database are kept.
     pub state_dir: PathBuf,
-    /// Machines there may be at once.
-    pub max_machines: usize,
+    /// How much there may be.
+    pub limits: Limits,
+    /// Configuration that machines begin with, before any template: keys and values.
+    pub defaults: Vec<(String, String)>,
+    /// The key that secrets are sealed with.
+    pub key_file: PathBuf,
     /// What `default` means, and the only one so far.
     pub backend: Arc<dyn Backend>,
 }
@@ -51,14 +57,24 @@ pub struct Shared {
     /// Random, one for each life of the daemon.
     pub(super) life: u64,
     pub(super) mount_uid: u32,
-    options: Options,
-    names: Mutex<BTreeMap<String, Arc<Machine>>>,
-    slots: DashMap<u32, Arc<Machine>>,
+    pub(super) options: Options,
+    pub(super) templates: Templates,
+    pub(super) vault: Arc<Vault>,
+    pub(super) started: Instant,
+    /// Whether any machine can rest, or does: asked for every operation on files.
+    pub(super) any_idle: AtomicBool,
+    /// Held while a configuration changes.
+    pub(super) changing: Mutex<()>,
+    pub(super) counters: Counters,
+    pub(super) names: Mutex<BTreeMap<String, Arc<Machine>>>,
+    /// Machines that are being made: their names are taken, and they count.
+    making: Mutex<BTreeMap<String, Share>>,
+    pub(super) slots: DashMap<u32, Arc<Machine>>,
     pub(super) epochs: DashMap<u32, Weak<GuestFiles>>,
     next_epoch: AtomicU32,
-    uid_slots: Mutex<BTreeSet<u32>>,
+    pub(super) uid_slots: Mutex<BTreeSet<u32>>,
     faults: Mutex<BTreeMap<String, String>>,
-    changed: RwLock<SystemTime>,
+    pub(super) changed: RwLock<SystemTime>,
 }
 
 impl Shared {
@@ -113,6 +129,18 @@ impl Shared {
         )))
     }
 
+    /// Whether a machine that there is may have another share.
+    pub(super) fn check_limits(&self, machine: &Machine, share: Share) -> Result<(), MachineError> {
+        let machines: Vec<Arc<Machine>> = self.names.lock().values().cloned().collect();
+        let others: Vec<Share> = machines
+            .iter()
+            .filter(|other| other.slot != machine.slot)
+            .map(|other| other.share())
+            .chain(self.making.lock().values().copied())
+            .collect();
+        self.options.limits.check(&others, share)
+    }
+
     /// Sets or clears a line of `.sys/health`.
     pub(super) fn fault(&self, subject: &str, fault: Option<&str>) {
         let mut faults = self.faults.lock();
@@ -123,41 +151,22 @@ impl Shared {
     }
 }
 
-/// The service.
-pub struct Registry {
-    shared: Arc<Shared>,
-    started: SystemTime,
-    /// Asked to end, by `shutdown` on the root's ctl.
-    shutdown: tokio::sync::Notify,
+/// What the service has done since it started.
+#[derive(Default)]
+pub(super) struct Counters {
+    pub(super) created: AtomicU64,
+    pub(super) refused: AtomicU64,
+    pub(super) jobs: AtomicU64,
+    pub(super) job_millis: AtomicU64,
+    pub(super) failed_boots: AtomicU64,
 }
 
-type Done<T> = Box<dyn FnOnce(Result<T, MachineError>) + Send>;
-
-/// The verbs of the root's `ctl`.
-pub const VERBS: &[Verb] = &[
-    Verb {
-        name: "create",
-        usage: "create NAME [KEY=VALUE…]",
-        doc: "make a machine, as mkdir does, with a configuration",
-    },
-    Verb { name: "stop", usage: "stop all", doc: "stop all machines of yours" },
-    Verb { name: "destroy", usage: "destroy all", doc: "destroy all machines of yours that are not protected" },
-    Verb { name: "prune", usage: "prune", doc: "destroy your machines that are stopped, failed or lost" },
-    Verb { name: "shutdown", usage: "shutdown", doc: "unmount and end the daemon; machines run on" },
-];
-
-/// Splits `key=value` words.
-///
-/// # Errors
-/// EINVAL for a word without `=`.
-pub(super) fn parse_pairs(words: &[String]) -> Result<Vec<(String, String)>, MachineError> {
-    words
-        .iter()
-        .map(|word| match word.split_once('=') {
-            Some((key, value)) if !key.is_empty() => Ok((key.to_string(), value.to_string())),
-            _ => Err(MachineError::invalid(format!("\"{word}\" is not key=value"))),
-        })
-        .collect()
+/// The service.
+pub struct Registry {
+    pub(super) shared: Arc<Shared>,
+    started: SystemTime,
+    /// Asked to end, by `shutdown` on the root's ctl.
+    pub(super) shutdown: tokio::sync::Notify,
 }
 
 impl Registry {
@@ -177,13 +186,25 @@ impl Registry {
         let events = Events::load(store.clone())?;
         let rows = store.query(store::machines)?;
         let life = random()?;
+        let vault = Arc::new(Vault::new(options.key_file.clone()));
+        let mount = (rustix::process::geteuid().as_raw(), rustix::process::getegid().as_raw());
+        for (key, value) in &options.defaults {
+            config::known(key)?.check(value)?;
+        }
         let shared = Arc::new(Shared {
+            templates: Templates::load(store.clone(), vault.clone(), mount)?,
+            vault,
+            started: Instant::now(),
+            any_idle: AtomicBool::new(true),
+            changing: Mutex::default(),
+            counters: Counters::default(),
+            making: Mutex::default(),
             store,
             runtime: tokio::runtime::Handle::current(),
             events,
             cache: Arc::default(),
             life,
-            mount_uid: rustix::process::geteuid().as_raw(),
+            mount_uid: mount.0,
             options,
             names: Mutex::default(),
             slots: DashMap::new(),
@@ -199,7 +220,7 @@ impl Registry {
         }
         drop(known);
         while all_known.recv().await.is_some() {}
-        shared.runtime.spawn(look_after(Arc::downgrade(&shared)));
+        tokio::spawn(super::life::watch(Arc::downgrade(&shared)));
         shared.events.say(0, "-", None, "started", &[("version", env!("CARGO_PKG_VERSION"))]);
         Ok(Arc::new(Registry { shared, started: SystemTime::now(), shutdown: tokio::sync::Notify::new() }))
     }
@@ -241,7 +262,10 @@ impl Registry {
     ) {
         let row = match self.reserve(caller, name, overrides) {
             Ok(row) => row,
-            Err(error) => return done(Err(error)),
+            Err(error) => {
+                self.tell_refusal(caller, name, &error);
+                return done(Err(error));
+            }
         };
         let (shared, written) = (self.shared.clone(), row.clone());
         let slot = Arc::new(AtomicU32::new(0));
@@ -254,8 +278,12 @@ impl Registry {
             move |result| {
                 let row = MachineRow { slot: slot.load(Ordering::SeqCst), ..row };
                 let made = result.and_then(|()| enter(&shared, row.clone(), Begin::Create, |_| {}));
+                shared.making.lock().remove(&row.name);
                 match &made {
-                    Ok(machine) => machine.say("created", &[("uid", &row.uid.to_string())]),
+                    Ok(machine) => {
+                        shared.counters.created.fetch_add(1, Ordering::Relaxed);
+                        machine.say("created", &[("uid", &row.uid.to_string()), ("template", &row.template)]);
+                    }
                     Err(_) => {
                         shared.uid_slots.lock().remove(&row.uid_slot);
                     }
@@ -265,6 +293,19 @@ impl Registry {
         );
     }
 
+    /// mkdir has no room for a reason: it stands in `.sys/events`.
+    fn tell_refusal(&self, caller: Caller, name: &str, error: &MachineError) {
+        self.shared.counters.refused.fetch_add(1, Ordering::Relaxed);
+        // A name that cannot be one is not shown as one.
+        let shown = if self.check_name(caller, name).is_ok() { name } else { "-" };
+        let (uid, errno, why) = (caller.uid.to_string(), error.errno().name(), error.to_string());
+        self.shared.events.say(0, shown, None, "refused", &[("uid", &uid), ("errno", &errno), ("why", &why)]);
+    }
+
+    fn check_name(&self, caller: Caller, name: &str) -> Result<(), MachineError> {
+        self.shared.templates.for_name(caller, name).map(drop)
+    }
+
     /// Checks everything that can be checked before anything is made.
     fn reserve(
         &self,
@@ -272,36 +313,37 @@ impl Registry {
         name: &str,
         overrides: Vec<(String, String)>,
     ) -> Result<MachineRow, MachineError> {
-        check_name(name)?;
+        let template = self.shared.templates.for_name(caller, name)?;
+        let general = self.shared.templates.get(DEFAULT.as_bytes());
+        // What comes later goes before: the daemon's file, the template default, the template, the arguments.
+        let mut values: BTreeMap<&str, &str> = BTreeMap::new();
+        values.extend(self.shared.options.defaults.iter().map(|(key, value)| (key.as_str(), value.as_str())));
+        let of_templates: Vec<_> = general.iter().chain([&template]).map(|template| template.settings()).collect();
+        for settings in &of_templates {
+            values.extend(settings.iter().map(|(key, value)| (*key, value.as_str())));
+        }
+        values.extend(overrides.iter().map(|(key, value)| (key.as_str(), value.as_str())));
         let mut config = Config::default();
-        for (key, value) in &overrides {
-            config.set(key, value)?;
+        let backend = self.shared.backend();
+        for (key, value) in values {
+            config.set(key, value)?.check_backend(backend.name(), value)?;
         }
         // The daemon opens it with its own rights, not with the caller's.
-        let is_trusted = caller.uid == 0 || caller.uid == self.shared.mount_uid;
+        let is_own_word = overrides.iter().any(|(key, _)| key == "image")
+            || (!template.is_public() && template.settings().contains_key("image"));
+        let is_trusted = caller.uid == 0 || caller.uid == self.shared.mount_uid || !is_own_word;
         if !is_trusted && config.get("image") != Some("host") {
             return Err(MachineError::denied(
                 "only root, or the user whose daemon this is, may boot from a path of the host: leave out image=, or \
                  run a machinefs of your own",
             ));
         }
-        if config.get("isolation") == Some("vm") && self.shared.backend().isolation() != "vm" {
+        if config.get("isolation") == Some("vm") && backend.isolation() != "vm" {
             return Err(MachineError::not_supported(
                 "isolation=vm is asked for, and no backend here boots virtual machines: see machinefs check",
             ));
         }
-        {
-            let names = self.shared.names.lock();
-            if names.contains_key(name) {
-                return Err(MachineError::exists(format!("there is a machine {name} already")));
-            }
-            if names.len() >= self.shared.options.max_machines {
-                return Err(MachineError::limit(format!(
-                    "there are {} machines, the most this daemon allows (max_machines)",
-                    names.len()
-                )));
-            }
-        }
+        self.reserve_name(name, Share { uid: caller.uid, memory: config.size("memory") })?;
         let uid_slot = {
             let mut used = self.shared.uid_slots.lock();
             let free = (0..).find(|slot| !used.contains(slot)).unwrap_or(u32::MAX);
@@ -317,7 +359,45 @@ impl Registry {
             state: State::Creating.word().to_string(),
             uid_slot,
             config: config.overrides().map(|(key, value)| (key.to_string(), value.to_string())).collect(),
+            template: template.name().to_string(),
+            idle: false,
+            jobs: (0, 0),
+            vars: merged(general.as_deref(), &template),
         })
+    }
+
+    fn reserve_name(&self, name: &str, share: Share) -> Result<(), MachineError> {
+        let names = self.shared.names.lock();
+        let mut making = self.shared.making.lock();
+        if names.contains_key(name) || making.contains_key(name) {
+            return Err(MachineError::exists(format!("there is a machine {name} already")));
+        }
+        let others: Vec<Share> =
+            names.values().map(|machine| machine.share()).chain(making.values().copied()).collect();
+        self.shared.options.limits.check(&others, share)?;
+        making.insert(name.to_string(), share);
+        Ok(())
+    }
+
+    /// Whether a machine may be called so: as any, or by its own template.
+    pub fn valid_new_name(&self, machine: &Machine, name: &[u8]) -> bool {
+        let rest = name.strip_prefix(machine.template.as_bytes()).and_then(|rest| rest.strip_prefix(b"."));
+        Registry::valid_name(rest.unwrap_or(name))
+    }
+
+    /// The number of the last event.
+    pub(super) fn last_event(&self) -> u64 {
+        self.shared.events.last()
+    }
+
+    /// The templates.
+    pub fn templates(&self) -> &Templates {
+        &self.shared.templates
+    }
+
+    /// Whether a machine can rest, or does.
+    pub fn any_idle(&self) -> bool {
+        self.shared.any_idle.load(Ordering::Relaxed)
     }
 
     /// Gives a machine another name. `done` as in [`Registry::create`].
@@ -327,9 +407,14 @@ impl Registry {
         new_name: &str,
         done: Box<dyn FnOnce(Result<(), MachineError>) + Send>,
     ) {
-        let moved = check_name(new_name).and_then(|()| {
+        let valid = if self.valid_new_name(machine, new_name.as_bytes()) {
+            Ok(())
+        } else {
+            Err(MachineError::invalid(format!("bad name \"{}\"", new_name.escape_default())))
+        };
+        let moved = valid.and_then(|()| {
             let mut names = self.shared.names.lock();
-            if names.contains_key(new_name) {
+            if names.contains_key(new_name) || self.shared.making.lock().contains_key(new_name) {
                 return Err(MachineError::forbidden(format!("there is a machine {new_name} already")));
             }
             let mut name = machine.name.lock();
@@ -350,62 +435,14 @@ impl Registry {
         self.shared.store.write_then(move |db| store::set_name(db, slot, &name), done);
     }
 
-    /// A line of the root's `ctl`, split into words. `done` may be called before this returns.
-    pub fn ctl(&self, caller: Caller, words: &[String], done: Done<()>) {
-        let Some((verb, args)) = words.split_first() else { return done(Ok(())) };
-        let Some(usage) = VERBS.iter().find(|known| known.name == verb) else {
-            let names: Vec<&str> = VERBS.iter().map(|verb| verb.name).collect();
-            return done(Err(MachineError::invalid(format!(
-                "unknown control message \"{}\": the verbs are {}",
-                words.join(" "),
-                names.join(" ")
-            ))));
-        };
-        let args: Vec<&str> = args.iter().map(String::as_str).collect();
-        match (verb.as_str(), args.as_slice()) {
-            ("create", [name, ..]) => match parse_pairs(&words[2..]) {
-                Ok(pairs) => self.create(caller, name, pairs, Box::new(move |made| done(made.map(drop)))),
-                Err(error) => done(Err(error)),
-            },
-            ("stop", ["all"]) => done(self.each(caller, |machine| machine.ctl(caller, &["stop".to_string()]))),
-            ("destroy", ["all"]) => done(self.each(caller, |machine| {
-                if machine.config_get("protect").as_deref() == Some("yes") { Ok(()) } else { machine.destroy(caller) }
-            })),
-            ("prune", []) => done(self.each(caller, |machine| match machine.state() {
-                State::Stopped | State::Failed | State::Lost
-                    if machine.config_get("protect").as_deref() != Some("yes") =>
-                {
-                    machine.destroy(caller)
-                }
-                _ => Ok(()),
-            })),
-            ("shutdown", []) if caller.uid == 0 || caller.uid == self.shared.mount_uid => {
-                self.shutdown.notify_one();
-                done(Ok(()));
-            }
-            ("shutdown", []) => done(Err(MachineError::denied("only who runs the daemon may shut it down"))),
-            _ => done(Err(MachineError::invalid(format!("wrong words after {verb}: usage: {}", usage.usage)))),
-        }
-    }
-
-    fn each(
-        &self,
-        caller: Caller,
-        act: impl Fn(&Arc<Machine>) -> Result<(), MachineError>,
-    ) -> Result<(), MachineError> {
-        let mut result = Ok(());
-        for machine in self.list() {
-            if caller.uid == 0 || caller.uid == machine.owner.0 {
-                // One that refuses does not save the others.
-                result = result.and(act(&machine));
-            }
-        }
-        result
-    }
-
     /// Returns when `shutdown` was written to the root's ctl.
     pub async fn shutdown_asked(&self) {
         self.shutdown.notified().await;
+    }
+
+    /// Calls `done`, on another thread, once everything that was changed so far is written down, or could not be.
+    pub fn settled(&self, done: impl FnOnce(Result<(), MachineError>) + Send + 'static) {
+        self.shared.store.settled(done);
     }
 
     /// Waits until everything is written down.
@@ -456,26 +493,13 @@ impl Registry {
     }
 }
 
-/// Looks at each machine once a second, for as long as the service is there.
-async fn look_after(shared: Weak<Shared>) {
-    for second in 0.. {
-        tokio::time::sleep(Duration::from_secs(1)).await;
-        let Some(shared) = shared.upgrade() else { return };
-        let machines: Vec<Arc<Machine>> = shared.slots.iter().map(|entry| entry.value().clone()).collect();
-        for machine in machines {
-            machine.look_after(second);
-        }
+/// What a machine has from its templates: of two of one name, that of its own template.
+fn merged(general: Option<&Template>, template: &Template) -> Vec<VarRow> {
+    let mut all = BTreeMap::new();
+    for source in general.into_iter().chain([template]) {
+        all.extend(source.vars().rows().into_iter().map(|row| ((row.kind, row.name.clone()), row)));
     }
-}
-
-fn check_name(name: &str) -> Result<(), MachineError> {
-    if Registry::valid_name(name.as_bytes()) {
-        return Ok(());
-    }
-    Err(MachineError::invalid(format!(
-        "bad name \"{}\": letters, digits and -, beginning with a letter or digit, at most 63",
-        name.escape_default()
-    )))
+    (1..).zip(all.into_values()).map(|(id, row)| VarRow { id, ..row }).collect()
 }
 
 fn random() -> Result<u64, MachineError> {
@@ -487,94 +511,4 @@ fn random() -> Result<u64, MachineError> {
 
 fn now_ms() -> i64 {
     SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |since| since.as_millis() as i64)
-}
-
-/// Makes the object of a machine that is written down, and starts its task.
-fn enter(
-    shared: &Arc<Shared>,
-    row: MachineRow,
-    begin: Begin,
-    fill: impl FnOnce(&Arc<Machine>),
-) -> Result<Arc<Machine>, MachineError> {
-    let state = State::from_word(&row.state)
-        .ok_or_else(|| MachineError::internal(format!("the database has a state \"{}\"", row.state)))?;
-    let mut config = Config::default();
-    for (key, value) in &row.config {
-        if let Err(error) = config.set(key, value) {
-            tracing::warn!(machine = row.name, %error, "a setting of an older build is ignored");
-        }
-    }
-    let id = format!("m{}", row.slot);
-    let dir = shared.options.state_dir.join("machines").join(&id);
-    let jobs_dir = dir.join("jobs");
-    std::fs::create_dir_all(&jobs_dir)
-        .map_err(|error| MachineError::no_space(format!("cannot make {}: {error}", jobs_dir.display())))?;
-    let (actions, queue) = mpsc::unbounded_channel();
-    let machine = Arc::new_cyclic(|weak: &Weak<Machine>| Machine {
-        slot: row.slot,
-        id,
-        owner: (row.uid, row.gid),
-        created: SystemTime::UNIX_EPOCH + Duration::from_millis(row.created_ms.max(0) as u64),
-        uid_slot: row.uid_slot,
-        shared: shared.clone(),
-        name: Mutex::new(row.name.clone()),
-        life: Mutex::new(Life { state, changed: SystemTime::now(), why: String::new() }),
-        state_watch: Watch::new(),
-        config: Mutex::new((config, SystemTime::now())),
-        guest: RwLock::new(None),
-        run: Mutex::new(RunFacts::default()),
-        run_number: AtomicU64::new(0),
-        grace_ms: AtomicU64::new(10_000),
-        silence: Silence::default(),
-        seeking: AtomicU64::new(0),
-        jobs: Jobs::new(weak.clone(), jobs_dir),
-        dir,
-        events: TextLog::new(LOG_LIMIT),
-        console: TextLog::new(LOG_LIMIT),
-        errors: TextLog::new(LOG_LIMIT),
-        history: TextLog::new(LOG_LIMIT),
-        actions,
-    });
-    {
-        let mut names = shared.names.lock();
-        if state != State::Destroyed {
-            if names.contains_key(&row.name) {
-                let slot = row.slot;
-                shared.store.write(move |db| store::delete_machine(db, slot));
-                return Err(MachineError::exists(format!("there is a machine {} already", row.name)));
-            }
-            names.insert(row.name, machine.clone());
-            *shared.changed.write() = SystemTime::now();
-        }
-        shared.slots.insert(row.slot, machine.clone());
-    }
-    fill(&machine);
-    shared.runtime.spawn(runner::run(machine.clone(), queue, begin));
-    Ok(machine)
-}
-
-/// Takes up a machine after a restart.
-fn take_up(shared: &Arc<Shared>, row: MachineRow, known: mpsc::Sender<()>) -> Result<(), MachineError> {
-    shared.uid_slots.lock().insert(row.uid_slot);
-    let slot = row.slot;
-    let (jobs, last, events, errors, history) = shared.store.query(move |db| {
-        Ok((
-            store::jobs(db, slot)?,
-            store::counter(db, &store::jobs_counter(slot))?,
-            store::load_log(db, slot, LogKind::Event, LOG_LINES)?,
-            store::load_log(db, slot, LogKind::Error, LOG_LINES)?,
-            store::load_log(db, slot, LogKind::History, LOG_LINES)?,
-        ))
-    })?;
-    let limit = row.config.iter().find(|(key, _)| key == "output_limit");
-    let limit = limit.and_then(|(_, value)| config::parse_size(value).flatten()).unwrap_or(64 << 20);
-    enter(shared, row, Begin::Adopt(known), move |machine| {
-        machine.jobs.load(jobs, last.max(0) as u64, limit);
-        for (log, lines) in [(&machine.events, events), (&machine.errors, errors), (&machine.history, history)] {
-            for line in lines {
-                log.append(format!("{line}\n").as_bytes());
-            }
-        }
-    })
-    .map(drop)
 }

@@ -84,6 +84,7 @@ pub(super) async fn run(machine: Arc<Machine>, mut actions: mpsc::UnboundedRecei
 fn ended(machine: &Arc<Machine>) {
     // Refused in no state.
     let _ = machine.fire(Event::Ended);
+    machine.wake_if_used();
 }
 
 fn pause_done(machine: &Arc<Machine>, verb: &str, result: Result<(), MachineError>) {
@@ -119,6 +120,7 @@ async fn boot_failed(machine: &Arc<Machine>, error: &MachineError) {
     if let Ok(console) = machine.backend().console(&machine.spec()).await {
         machine.console.append(&console);
     }
+    machine.shared.counters.failed_boots.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
     machine.record_error("boot", error.errno(), &error.to_string(), "start");
     let _ = machine.fire_because(Event::BootFailed, &error.to_string());
 }
@@ -147,6 +149,7 @@ async fn boot(machine: &Arc<Machine>) -> Result<(), MachineError> {
     let _ = machine.fire(Event::Booted);
     // Only now: a machine written down as booting has started no job.
     machine.jobs.connected(machine, &link).await;
+    machine.start_main();
     if machine.link().is_none() {
         reconnect_behind(machine, run);
     }
@@ -157,12 +160,17 @@ fn note_running(machine: &Arc<Machine>, running: Running) -> Result<(), MachineE
     // SAFETY: an OwnedFd is open and the same until it is dropped, which the AsyncFd does that owns it.
     let pidfd = unsafe { AsyncFd::register_with_interest(running.pidfd, tokio::io::Interest::READABLE) }
         .map_err(|error| MachineError::limit(format!("cannot watch the machine's process: {error}")))?;
+    let is_default = machine.config_get("network").as_deref() == Some("default");
+    let lacks_network = is_default && running.facts.iter().any(|(key, value)| key == "network" && value == "none");
     let mut run = machine.run.lock();
     run.pidfd = Some(Arc::new(pidfd));
     run.pid = running.pid;
     run.started = Some(process_start(running.pid).unwrap_or_else(SystemTime::now));
     run.facts = running.facts;
     run.warnings = running.warnings.into_iter().map(|warning| warning.0).collect();
+    if lacks_network {
+        run.warnings.push("it has no network: this host cannot give it one, see machinefs check".into());
+    }
     for warning in run.warnings.clone() {
         machine.record_error("start", crate::errno::Errno::EOPNOTSUPP, &warning, "start");
     }
@@ -470,6 +478,7 @@ async fn take_over(machine: &Arc<Machine>, known: mpsc::Sender<()>) -> Option<Ac
             watch_end(machine, run);
             let _ = machine.fire(Event::Booted);
             machine.say("adopted", &[]);
+            machine.resume_main();
             if machine.link().is_none() {
                 reconnect_behind(machine, run);
             }

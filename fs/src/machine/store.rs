@@ -8,10 +8,15 @@
 //! Changes that cannot be written (the disk is full) are kept and tried again.
 
 mod changes;
+mod named;
 mod tables;
 
 use super::error::MachineError;
+use super::vars::{VarKind, VarRow};
 use changes::{Changes, Trims};
+#[cfg(test)]
+pub use named::vars;
+pub use named::{TemplateRow, delete_template, put_template, templates};
 use parking_lot::Mutex;
 use rusqlite::Connection;
 use std::path::Path;
@@ -20,9 +25,9 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 pub use tables::{
     JobRow, LogKind, MachineRow, counter, delete_machine, insert_machine, jobs, jobs_counter, load_log, machines,
-    set_name,
+    set_counter, set_name,
 };
-use tables::{SCHEMA, SCHEMA_VERSION};
+use tables::{SCHEMA, SCHEMA_VERSION, SECOND};
 
 /// After a failure the changes are tried again so often.
 const RETRY: Duration = Duration::from_secs(1);
@@ -71,7 +76,10 @@ impl Store {
         let version: i64 = db.pragma_query_value(None, "user_version", |row| row.get(0))?;
         match version {
             0 => {
-                db.execute_batch(&format!("BEGIN; {SCHEMA} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;"))?;
+                db.execute_batch(&format!("BEGIN; {SCHEMA} {SECOND} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;"))?;
+            }
+            1 => {
+                db.execute_batch(&format!("BEGIN; {SECOND} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;"))?;
             }
             SCHEMA_VERSION => {}
             other => {
@@ -82,6 +90,7 @@ impl Store {
                 )));
             }
         }
+        named::drop_orphans(&db)?;
         let (queue, items) = mpsc::channel();
         let store = Store { queue, changes: Arc::default(), fault: Arc::default() };
         let writer = Writer { db, changes: store.changes.clone(), fault: store.fault.clone(), trims: Trims::default() };
@@ -151,9 +160,34 @@ impl Store {
         self.change(|changes| changes.set_state(slot, state));
     }
 
-    /// A value of a machine's configuration.
+    /// Whether a machine is down because nobody used it.
+    pub fn set_idle(&self, slot: u32, idle: bool) {
+        self.change(|changes| changes.set_idle(slot, idle));
+    }
+
+    /// How many jobs of a machine have ended, ever, and their milliseconds.
+    pub fn set_sums(&self, slot: u32, sums: (u64, u64)) {
+        self.change(|changes| changes.set_sums(slot, sums));
+    }
+
+    /// A value of a machine's or a template's configuration.
     pub fn set_config(&self, slot: u32, key: &str, value: &str) {
-        self.change(|changes| changes.set_config(slot, key, value));
+        self.change(|changes| changes.set_config(slot, key, Some(value)));
+    }
+
+    /// A value of a configuration is taken back.
+    pub fn delete_config(&self, slot: u32, key: &str) {
+        self.change(|changes| changes.set_config(slot, key, None));
+    }
+
+    /// A variable, secret or tag as it is now.
+    pub fn put_var(&self, slot: u32, row: VarRow) {
+        self.change(|changes| changes.put_var(slot, row));
+    }
+
+    /// A variable, secret or tag is forgotten.
+    pub fn delete_var(&self, slot: u32, kind: VarKind, id: u32) {
+        self.change(|changes| changes.delete_var(slot, kind, id));
     }
 
     /// A job as it is now.
@@ -320,6 +354,10 @@ mod tests {
             state: "creating".into(),
             uid_slot: 1,
             config: vec![("memory".into(), "1G".into())],
+            template: "default".into(),
+            idle: false,
+            jobs: (0, 0),
+            vars: Vec::new(),
         }
     }
 
@@ -360,6 +398,21 @@ mod tests {
         assert!(receive.recv().unwrap());
         let names: Vec<String> = store.query(machines).unwrap().into_iter().map(|row| row.name).collect();
         assert_eq!(names, ["kept"]);
+    }
+
+    #[test]
+    fn the_first_layout_is_taken_over() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("state.db");
+        let old = Connection::open(&path).unwrap();
+        old.execute_batch(&format!("{SCHEMA} PRAGMA user_version = 1;")).unwrap();
+        let insert =
+            "INSERT INTO machine (name, uid, gid, created_ms, state, uid_slot) VALUES ('a', 1, 1, 1, 'stopped', 0)";
+        old.execute(insert, []).unwrap();
+        drop(old);
+        let (store, _thread) = Store::open(&path).unwrap();
+        let rows = store.query(machines).unwrap();
+        assert_eq!((rows[0].name.as_str(), rows[0].template.as_str(), rows[0].idle), ("a", "default", false));
     }
 
     #[test]

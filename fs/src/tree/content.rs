@@ -2,10 +2,9 @@
 
 use super::logs::LogRef;
 use super::stream::exit_text;
-use super::value::value_text;
+use super::value::Setting;
 use super::wait::Wanted;
 use crate::machine::Machine;
-use crate::machine::config::ConfigKey;
 use crate::machine::job::Job;
 use crate::machine::output::Output;
 use std::sync::Arc;
@@ -34,8 +33,10 @@ pub enum Content {
     Ctl(Arc<Machine>, Vec<u8>),
     /// Scripts to run.
     Exec(Arc<Machine>),
-    /// A value of the configuration.
-    Value(Arc<Machine>, &'static ConfigKey),
+    /// What it uses, asked at open.
+    Usage(Arc<Machine>),
+    /// A value.
+    Value(Setting),
 }
 
 impl Content {
@@ -63,7 +64,8 @@ impl Content {
             Content::Follow(_) => 1,
             Content::Health(machine) => health(machine),
             Content::Exec(_) => 0,
-            Content::Value(machine, key) => value_text(machine, key).len() as u64,
+            Content::Usage(_) => Machine::usage_size(),
+            Content::Value(setting) => setting.text().len() as u64,
         }
     }
 }

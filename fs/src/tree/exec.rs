@@ -6,7 +6,7 @@ use super::ops::{Answer, Caller, Responder};
 use super::pending::Watched;
 use super::script::FiledScript;
 use super::stream::{OutputStream, Taken};
-use super::text::{Held, Owner, Reason, Text, slice};
+use super::text::{Held, Owner, Reason, Text, is_full_buffer, slice};
 use crate::errno::Errno;
 use crate::machine::Machine;
 use crate::machine::error::MachineError;
@@ -104,8 +104,8 @@ impl ExecFile {
     /// Adds to the text. The first bytes of a text begin its job, and are answered when its number is written down; a
     /// long text goes to the disk, and its bytes are answered when they are there.
     ///
-    /// Fails with EACCES for others than the owner, EHOSTDOWN, EMFILE, E2BIG, ENOSPC; the reason can be read here and
-    /// in `errors`.
+    /// Fails with EACCES for others than the owner, EPERM for what may not be run, EHOSTDOWN, EMFILE, E2BIG, ENOSPC; the
+    /// reason can be read here and in `errors`.
     pub fn write(self: &Arc<Self>, caller: Caller, owner: Owner, data: &[u8], responder: Responder) {
         let count = data.len() as u32;
         let taken = match self.take_in(caller, owner, data) {
@@ -147,7 +147,7 @@ impl ExecFile {
             }
         }
         // It may have gone down since the text began; errors must come from write.
-        if !self.machine.state().takes_jobs() {
+        if !self.machine.accepts_jobs() {
             let error = self.machine.down_error();
             return Err(self.refuse(&mut writing, owner, error.errno(), &error.to_string(), data));
         }
@@ -157,6 +157,14 @@ impl ExecFile {
                 _ => "too many unfinished scripts: the limit of pending text was reached",
             };
             return Err(self.refuse(&mut writing, owner, errno, message, data));
+        }
+        // What may still go on in another write is looked at when it is complete.
+        if let Err(error) = match &writing.filed {
+            Some(_) => self.machine.check_command_length(writing.text.len() as u64),
+            None if is_full_buffer(data.len()) => Ok(()),
+            None => self.machine.check_command(writing.text.bytes()),
+        } {
+            return Err(self.refuse(&mut writing, owner, error.errno(), &error.to_string(), data));
         }
         self.reason.clear();
         let filed = if writing.text.bytes().len() > TEXT_IN_MEMORY { writing.spill() } else { None };

@@ -1,4 +1,4 @@
-//! Opening `NAME/health`: the agent is asked, and the open is answered when it is.
+//! Opening `NAME/health` and `NAME/usage`: the agent or the backend is asked, and the open is answered when it is.
 
 use super::open::{Body, OpenTable, Seat, opened};
 use super::ops::{Answer, Cancel, NodeId, Responder};
@@ -19,12 +19,21 @@ impl Cancel for Opening {
     }
 }
 
-/// Opens it: the text is what the agent said.
+/// What is asked.
+pub enum Question {
+    /// `health`, of the agent.
+    Health,
+    /// `usage`, of the backend.
+    Usage,
+}
+
+/// Opens it: the text is what was answered.
 pub fn open(
     map: &Arc<Map>,
     table: &Arc<OpenTable>,
     node: NodeId,
     machine: &Arc<Machine>,
+    question: Question,
     seat: Seat,
     mut responder: Responder,
 ) {
@@ -37,13 +46,20 @@ pub fn open(
     }
     *waiting = Some((responder, seat));
     drop(waiting);
+    let is_health = matches!(question, Question::Health);
     let (map, table, of_machine) = (map.clone(), table.clone(), machine.clone());
-    machine.health(Box::new(move |text| {
+    let answered = Box::new(move |text: String| {
         let waiting = opening.0.lock().take();
         // Nobody: the opener was interrupted, and there is no open file.
         let Some((responder, seat)) = waiting else { return };
-        map.note_health(&of_machine, text.len() as u64);
+        if is_health {
+            map.note_health(&of_machine, text.len() as u64);
+        }
         let handle = table.insert(node, Body::Text(text.into_bytes()), seat);
         responder.respond(Ok(Answer::Opened(opened(handle, false, false))));
-    }));
+    });
+    match question {
+        Question::Health => machine.health(answered),
+        Question::Usage => machine.usage(answered),
+    }
 }

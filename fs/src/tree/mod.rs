@@ -15,6 +15,7 @@ mod ghost;
 pub mod guest;
 mod guests;
 mod health;
+mod idle;
 mod jobs;
 mod logs;
 mod machine;
@@ -31,6 +32,7 @@ mod sys;
 mod table;
 mod text;
 mod value;
+mod vars;
 mod wait;
 pub mod words;
 
@@ -42,6 +44,7 @@ use ctl::CtlFile;
 use deadlines::Deadlines;
 use exec::ExecFile;
 use guests::{Guests, Root, hand_over, is_guest, nodes};
+use health::Question;
 use node::{Control, Kind};
 use open::{Body, OpenTable, opened};
 use ops::{Answer, Caller, DirEntry, Files, NodeId, Op, Ready, Responder, SetAttr, StatFs};
@@ -133,6 +136,12 @@ impl Tree {
 
     /// An operation on a file in a guest.
     fn dispatch_guest(&self, caller: Caller, node: NodeId, op: Op<'_>, responder: Responder) {
+        if self.map.registry.any_idle()
+            && let Some(machine) = self.guests.slot_of(node).and_then(|slot| self.map.registry.by_slot(slot))
+            && let Err(errno) = use_machine(&machine, caller, &op)
+        {
+            return responder.respond(Err(errno));
+        }
         if self.map.ghosts.any_refused()
             && let Some(slot) = self.guests.slot_of(node)
             && change::is_refused(&self.map, caller, slot, &op)
@@ -153,6 +162,9 @@ impl Tree {
         match op {
             // The gate: the one place where a boot is waited for, since the kernel holds no lock here.
             Op::GetAttr { .. } => {
+                if machine.is_idle() && idle::caller_writes(caller.pid) {
+                    machine.wake();
+                }
                 let limit = machine.boot_wait();
                 let gate = Gate { map: self.map.clone(), machine };
                 pending::answer_within(gate, responder, limit, &self.deadlines);
@@ -176,6 +188,11 @@ impl Tree {
             op => {
                 if change::is_refused(&self.map, caller, machine.slot(), &op) {
                     return responder.respond(Err(Errno::EPERM));
+                }
+                if self.map.registry.any_idle()
+                    && let Err(errno) = use_machine(&machine, caller, &op)
+                {
+                    return responder.respond(Err(errno));
                 }
                 match self.guests.of(&machine) {
                     Ok(files) => hand_over(&self.table, files, caller, op, self.root_of(&machine), responder),
@@ -235,6 +252,11 @@ impl Tree {
             Op::MkDir { name, .. } => change::mkdir(map, caller, &place, name, responder),
             Op::RmDir { name, .. } => change::rmdir(map, caller, &place, name, responder),
             Op::Open { flags, .. } => self.open(caller, node, &place, flags, responder),
+            Op::Create { name, flags, .. } => self.create(caller, &place, name, flags, responder),
+            Op::MkNod { name, mode, .. } if mode & libc::S_IFMT == libc::S_IFREG => {
+                change::mknod(map, caller, &place, name, responder);
+            }
+            Op::Unlink { name, .. } => change::unlink(map, caller, &place, name, responder),
             op => responder.respond(self.answer(caller, node, &place, op)),
         }
     }
@@ -256,7 +278,6 @@ impl Tree {
                 }
                 _ => Err(Errno::EINVAL),
             },
-            Op::Unlink { name, .. } => change::unlink(map, caller, place, name).map(|()| Answer::Ok),
             Op::OpenDir { .. } if place.kind().is_dir() => Ok(Answer::Opened(ops::Opened::default())),
             Op::OpenDir { .. } => Err(Errno::ENOTDIR),
             Op::ReadDir { cookie, max, plus, cost, .. } => {
@@ -274,8 +295,7 @@ impl Tree {
             Op::GetLock { lock, .. } => Ok(Answer::Lock(ops::Lock { kind: libc::F_UNLCK as u32, ..lock })),
             Op::SetLock { lock, .. } if lock.kind == libc::F_UNLCK as u32 => Ok(Answer::Ok),
             Op::SetXattr { .. } | Op::Fallocate { .. } | Op::SetLock { .. } => Err(Errno::EOPNOTSUPP),
-            // The name is there (ctl of a machine made by somebody else a moment ago), or there is no such thing.
-            Op::Create { name, .. } | Op::MkNod { name, .. } | Op::SymLink { name, .. } => {
+            Op::MkNod { name, .. } | Op::SymLink { name, .. } => {
                 Err(if map.lookup(place, name, caller).is_ok() { Errno::EEXIST } else { Errno::EPERM })
             }
             Op::TmpFile { .. } | Op::Rename { .. } | Op::Link { .. } => Err(Errno::EPERM),
@@ -286,8 +306,10 @@ impl Tree {
                 Err(_) => Ok(Answer::Ready(Ready((libc::POLLIN | libc::POLLRDNORM) as u32))),
             },
             Op::Open { .. }
+            | Op::Create { .. }
             | Op::MkDir { .. }
             | Op::RmDir { .. }
+            | Op::Unlink { .. }
             | Op::Read { .. }
             | Op::Write { .. }
             | Op::Flush { .. }
@@ -300,8 +322,8 @@ impl Tree {
     fn open(&self, caller: Caller, node: NodeId, place: &Place, flags: u32, responder: Responder) {
         match self.try_open(caller, node, place, flags) {
             Ok(Opening::Done(answer)) => responder.respond(Ok(answer)),
-            Ok(Opening::Ask(machine, seat)) => {
-                health::open(&self.map, &self.table, node, &machine, seat, responder);
+            Ok(Opening::Ask(machine, question, seat)) => {
+                health::open(&self.map, &self.table, node, &machine, question, seat, responder);
             }
             Err(errno) => responder.respond(Err(errno)),
         }
@@ -328,7 +350,8 @@ impl Tree {
         })?;
         let seat = self.table.seat(caller)?;
         let (body, stream) = match (content, writes) {
-            (Content::Health(machine), _) => return Ok(Opening::Ask(machine, seat)),
+            (Content::Health(machine), _) => return Ok(Opening::Ask(machine, Question::Health, seat)),
+            (Content::Usage(machine), _) => return Ok(Opening::Ask(machine, Question::Usage, seat)),
             (Content::RootCtl(usage), true) => {
                 let commands =
                     root::RootCommands { registry: self.map.registry.clone(), ghosts: self.map.ghosts.clone() };
@@ -337,11 +360,31 @@ impl Tree {
             (Content::Ctl(machine, usage), true) => (Body::Ctl(CtlFile::new(Box::new(machine), usage)), false),
             // A stream: a reader that waits must not hold the file position, which a writer would wait for in D.
             (Content::Exec(machine), true) => (Body::Exec(Arc::new(ExecFile::new(machine, reads, seat.text()))), reads),
-            (Content::Value(machine, key), true) => (Body::Value(ValueFile::new(machine, key, seat.text())), false),
+            (Content::Value(setting), true) => (Body::Value(ValueFile::new(setting, seat.text())), false),
             (content, _) => open::reading(content).ok_or(Errno::EIO)?,
         };
         let handle = self.table.insert(node, body, seat);
         Ok(Opening::Done(Answer::Opened(opened(handle, stream, writes))))
+    }
+
+    /// Makes a file and opens it; one that somebody else has made meanwhile is opened, unless `flags` ask for a new one.
+    fn create(&self, caller: Caller, parent: &Place, name: &[u8], flags: u32, responder: Responder) {
+        let made = match change::create(&self.map, caller, parent, name) {
+            Err(Errno::EEXIST) if flags & libc::O_EXCL as u32 == 0 => self.map.lookup(parent, name, caller),
+            made => made,
+        };
+        let opened = made.and_then(|made| {
+            let opening = self.try_open(caller, made.control().id(), &made, flags)?;
+            Ok((made, opening))
+        });
+        match opened {
+            Ok((made, Opening::Done(Answer::Opened(opened)))) => {
+                let answer = Answer::Created(self.map.entry(&made), opened);
+                change::answer_created(&self.map, responder, &made, answer);
+            }
+            Ok(_) => responder.respond(Err(Errno::EIO)),
+            Err(errno) => responder.respond(Err(errno)),
+        }
     }
 
     fn seek(&self, node: NodeId, handle: u64, offset: u64, whence: u32) -> Outcome {
@@ -404,9 +447,28 @@ impl Tree {
     }
 }
 
+/// Notes that a machine's files are used. One that rests frozen is woken by writing, and by walking on the way to it;
+/// its answer comes when it is thawed.
+fn use_machine(machine: &Arc<Machine>, caller: Caller, op: &Op<'_>) -> Result<(), Errno> {
+    if idle::is_use(op) {
+        machine.used();
+    }
+    // What is closed is closed: the agent takes it when it is awake.
+    let closes = matches!(op, Op::Release { .. } | Op::ReleaseDir { .. });
+    if !machine.is_idle() || closes {
+        return Ok(());
+    }
+    // Locks of what is closed by a process end with that, in the guest's kernel.
+    if matches!(op, Op::Flush { .. }) || idle::writes(op) || idle::caller_writes(caller.pid) {
+        machine.wake();
+        return Ok(());
+    }
+    Err(Errno::EHOSTDOWN)
+}
+
 enum Opening {
     Done(Answer),
-    Ask(Arc<Machine>, open::Seat),
+    Ask(Arc<Machine>, Question, open::Seat),
 }
 
 /// Truncation does nothing, since files end with what is written; times are accepted, for touch; the rest is ours.
@@ -423,7 +485,7 @@ struct Gate {
 impl Source for Gate {
     fn attempt(&self) -> Option<Outcome> {
         let boots = self.machine.state().is_booting() && self.machine.files().is_none();
-        (!boots).then(|| self.expired())
+        (!boots && !self.machine.is_waking()).then(|| self.expired())
     }
 
     fn watches(&self) -> Vec<Watched> {

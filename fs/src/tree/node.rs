@@ -3,13 +3,14 @@
 //!
 //! ```text
 //! bit 63     0: a control node (1: a file in a guest, see `guest`)
-//! bits 36–59 slot of the machine, 0 for the service itself
+//! bits 36–59 slot of the machine or template, 0 for the service itself
 //! bits 28–35 kind
-//! bits 0–27  sub: number of the job, hash of the key's name, else 0
+//! bits 0–27  sub: number of the job or variable, hash of the key's name, else 0
 //! ```
 //! The root is [`ROOT`], which is [`Kind::Root`] with sub 1. The inode number of a control node is its node number.
 
 use super::ops::{NodeId, ROOT};
+use crate::machine::vars::VarKind;
 
 /// Set in the numbers of files in guests.
 pub const GUEST_BIT: u64 = 1 << 63;
@@ -50,6 +51,16 @@ kinds! {
     Sys = 1,
     /// `.sys/wait`
     SysWait = 2,
+    /// `.sys/templates`
+    Templates = 3,
+    /// `.sys/templates/NAME`
+    Template = 4,
+    /// `.sys/templates/NAME/config`
+    TemplateConfig = 5,
+    /// `.sys/templates/NAME/env`
+    TemplateEnv = 6,
+    /// `.sys/templates/NAME/secrets`
+    TemplateSecrets = 7,
     /// A machine's directory.
     Machine = 16,
     /// `NAME/wait`
@@ -62,6 +73,12 @@ kinds! {
     Job = 20,
     /// `NAME/files`
     Files = 21,
+    /// `NAME/env`
+    Env = 22,
+    /// `NAME/secrets`
+    Secrets = 23,
+    /// `NAME/tags`
+    Tags = 24,
     /// `README`
     Readme = 32,
     /// `.ignore`
@@ -118,8 +135,22 @@ kinds! {
     Work = 80,
     /// `NAME/.ignore`
     MachineIgnore = 81,
+    /// `NAME/usage`
+    Usage = 82,
     /// `NAME/config/KEY`
     ConfigKey = 96,
+    /// `NAME/env/NAME`
+    EnvVar = 97,
+    /// `NAME/secrets/NAME`
+    Secret = 98,
+    /// `NAME/tags/NAME`
+    Tag = 99,
+    /// `.sys/templates/NAME/config/KEY`
+    TemplateKey = 100,
+    /// `.sys/templates/NAME/env/NAME`
+    TemplateVar = 101,
+    /// `.sys/templates/NAME/secrets/NAME`
+    TemplateSecret = 102,
     /// `NAME/jobs/N/cmd`
     JobCmd = 128,
     /// `NAME/jobs/N/out`
@@ -148,7 +179,30 @@ impl Kind {
                 | Kind::Jobs
                 | Kind::Job
                 | Kind::Files
+                | Kind::Env
+                | Kind::Secrets
+                | Kind::Tags
+        ) || self.is_template_dir()
+    }
+
+    /// Whether it is the directory of templates, or one in it.
+    fn is_template_dir(self) -> bool {
+        matches!(
+            self,
+            Kind::Templates | Kind::Template | Kind::TemplateConfig | Kind::TemplateEnv | Kind::TemplateSecrets
         )
+    }
+
+    /// What users name in a directory of this kind, and the kind of its nodes.
+    pub fn vars(self) -> Option<(VarKind, Kind)> {
+        Some(match self {
+            Kind::Env => (VarKind::Env, Kind::EnvVar),
+            Kind::Secrets => (VarKind::Secret, Kind::Secret),
+            Kind::Tags => (VarKind::Tag, Kind::Tag),
+            Kind::TemplateEnv => (VarKind::Env, Kind::TemplateVar),
+            Kind::TemplateSecrets => (VarKind::Secret, Kind::TemplateSecret),
+            _ => return None,
+        })
     }
 
     /// The `DT_…` of readdir(3).
@@ -231,7 +285,8 @@ mod tests {
     fn numbers_of_kinds_stay() {
         // Inode numbers outlive a version of the daemon: a change here breaks them.
         let numbers: Vec<u8> = Kind::ALL.iter().map(|kind| *kind as u8).collect();
-        let expected: Vec<u8> = (0..3).chain(16..22).chain(32..42).chain(64..82).chain([96]).chain(128..134).collect();
+        let expected: Vec<u8> =
+            (0..8).chain(16..25).chain(32..42).chain(64..83).chain(96..103).chain(128..134).collect();
         assert_eq!(numbers, expected);
     }
 

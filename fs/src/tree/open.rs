@@ -145,8 +145,8 @@ pub fn reading(content: Content) -> Option<(Body, bool)> {
         }
         Content::Follow(log) => (Body::Stream(Mutex::new(Stream::follow(log))), true),
         Content::Exec(_) => (Body::Text(Vec::new()), false),
-        Content::Value(machine, key) => (Body::Text(super::value::value_text(&machine, key)), false),
-        Content::Health(_) => return None,
+        Content::Value(setting) => (Body::Text(setting.text()), false),
+        Content::Health(_) | Content::Usage(_) => return None,
     })
 }
 

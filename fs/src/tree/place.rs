@@ -4,12 +4,16 @@ use super::content::Content;
 use super::ghost::{Ghost, Ghosts};
 use super::node::{Control, Kind};
 use super::ops::{Attr, Caller, Entry, NodeId, ROOT};
+use super::value::Setting;
+use super::vars::{self, Holder};
 use super::{config, jobs, machine, root, table};
 use crate::errno::Errno;
 use crate::machine::Machine;
 use crate::machine::config::{ConfigKey, KEYS};
 use crate::machine::job::Job;
 use crate::machine::registry::Registry;
+use crate::machine::templates::{self, Template};
+use crate::machine::vars::VarKind;
 use dashmap::DashMap;
 use parking_lot::Mutex;
 use std::sync::Arc;
@@ -45,6 +49,12 @@ pub enum Place {
     Key(Arc<Machine>, &'static ConfigKey),
     /// A job's directory and what is in it.
     Job(Arc<Machine>, Arc<Job>, Kind),
+    /// `env/NAME`, `secrets/NAME`, `tags/NAME`; the kind is its node's.
+    Var(Holder, VarKind, u32, Kind),
+    /// A template's directory and the directories in it.
+    Template(Arc<Template>, Kind),
+    /// `config/KEY` of a template.
+    TemplateKey(Arc<Template>, &'static ConfigKey),
     /// Anything in a ghost.
     Ghost(Arc<Ghost>, Control),
 }
@@ -99,6 +109,9 @@ impl Map {
         if control.slot == 0 {
             return Ok(Place::Service(control.kind));
         }
+        if control.slot >= templates::FIRST_SLOT {
+            return self.resolve_in_template(control).ok_or(Errno::ENOENT);
+        }
         if let Some(ghost) = self.ghosts.by_slot(control.slot) {
             return Ok(Place::Ghost(ghost, control));
         }
@@ -110,7 +123,19 @@ impl Map {
                 let job = machine.jobs().get(u64::from(control.sub)).ok_or(Errno::ENOENT)?;
                 Ok(Place::Job(machine, job, kind))
             }
-            kind => Ok(Place::Machine(machine, kind)),
+            kind => match vars::of_kind(kind) {
+                Some(var) => found_var(Holder::Machine(machine), var, control).ok_or(Errno::ENOENT),
+                None => Ok(Place::Machine(machine, kind)),
+            },
+        }
+    }
+
+    fn resolve_in_template(&self, control: Control) -> Option<Place> {
+        let template = self.registry.templates().by_slot(control.slot)?;
+        match (control.kind, vars::of_kind(control.kind)) {
+            (Kind::TemplateKey, _) => config::by_sub(control.sub).map(|key| Place::TemplateKey(template, key)),
+            (_, Some(var)) => found_var(Holder::Template(template), var, control),
+            (kind, None) => Some(Place::Template(template, kind)),
         }
     }
 
@@ -119,9 +144,17 @@ impl Map {
         match place {
             Place::Service(kind) => root::content(&self.registry, *kind),
             Place::Machine(machine, kind) => machine::content(machine, *kind),
-            Place::Key(machine, key) => Some((Content::Value(machine.clone(), key), machine.config_changed())),
+            Place::Key(machine, key) => {
+                Some((Content::Value(Setting::Key(machine.clone(), key)), machine.config_changed()))
+            }
+            Place::TemplateKey(template, key) => {
+                Some((Content::Value(Setting::TemplateKey(template.clone(), key)), template.config_changed()))
+            }
+            Place::Var(holder, kind, id, _) => {
+                Some((Content::Value(Setting::Var(holder.clone(), *kind, *id)), holder.vars().modified(*kind, *id)))
+            }
             Place::Job(_, job, kind) => jobs::content(job, *kind),
-            Place::Ghost(..) => None,
+            Place::Template(..) | Place::Ghost(..) => None,
         }
     }
 
@@ -155,6 +188,7 @@ impl Map {
         };
         // An rm that has a terminal asks before it removes what cannot be written: in a ghost there is nothing to ask.
         let permissions = if matches!(place, Place::Ghost(..)) { permissions | 0o200 } else { permissions };
+        let permissions = permissions | place.shown_to_all();
         let time = modified.into();
         Attr {
             ino: control.id(),
@@ -194,12 +228,18 @@ impl Map {
         let fixed = table::entries(kind).filter(|(_, row)| row.kind.is_dir()).count();
         let (more, modified) = match place {
             Place::Service(Kind::Root) => (self.machine_count(), self.registry.changed()),
+            Place::Service(Kind::Templates) => {
+                (self.registry.templates().list().len(), self.registry.templates().changed())
+            }
             Place::Service(_) => (0, self.registry.started()),
             Place::Machine(machine, Kind::Jobs) => (machine.jobs().list().len(), machine.jobs().changed()),
             Place::Machine(machine, Kind::Config) => (0, machine.config_changed()),
+            Place::Machine(machine, kind) if kind.vars().is_some() => (0, machine.vars().changed()),
             Place::Machine(machine, _) => (0, machine.created()),
+            Place::Template(template, kind) if kind.vars().is_some() => (0, template.vars().changed()),
+            Place::Template(template, _) => (0, template.config_changed()),
             Place::Job(_, job, _) => (0, job.modified()),
-            Place::Key(..) | Place::Ghost(..) => (0, SystemTime::UNIX_EPOCH),
+            Place::Key(..) | Place::TemplateKey(..) | Place::Var(..) | Place::Ghost(..) => (0, SystemTime::UNIX_EPOCH),
         };
         (u32::try_from(2 + fixed + more).unwrap_or(u32::MAX), modified)
     }
@@ -217,14 +257,24 @@ impl Map {
         let found = match (parent, fixed) {
             (Place::Service(_), Some(row)) => Some(Place::Service(row.kind)),
             (Place::Service(Kind::Root), None) => self.named(name, caller),
+            (Place::Service(Kind::Templates), None) => {
+                self.registry.templates().get(name).map(|template| Place::Template(template, Kind::Template))
+            }
+            (Place::Template(template, _), Some(row)) => Some(Place::Template(template.clone(), row.kind)),
+            (Place::Template(template, Kind::TemplateConfig), None) => {
+                config::by_name(name).map(|key| Place::TemplateKey(template.clone(), key))
+            }
+            (Place::Template(template, kind), None) => named_var(Holder::Template(template.clone()), *kind, name),
             (Place::Machine(machine, _), Some(row)) => Some(Place::Machine(machine.clone(), row.kind)),
             (Place::Machine(machine, Kind::Config), None) => {
                 config::by_name(name).map(|key| Place::Key(machine.clone(), key))
             }
-            (Place::Machine(machine, Kind::Jobs), None) => jobs::parse_number(name)
-                .filter(|number| jobs::node(machine.slot(), Kind::Job, *number).is_some())
-                .and_then(|number| machine.jobs().get(number))
+            (Place::Machine(machine, Kind::Jobs), None) => machine
+                .jobs()
+                .find(name)
+                .filter(|job| jobs::node(machine.slot(), Kind::Job, job.number()).is_some())
                 .map(|job| Place::Job(machine.clone(), job, Kind::Job)),
+            (Place::Machine(machine, kind), None) => named_var(Holder::Machine(machine.clone()), *kind, name),
             (Place::Job(machine, job, _), Some(row)) => Some(Place::Job(machine.clone(), job.clone(), row.kind)),
             (Place::Ghost(ghost, control), Some(row)) => {
                 Some(Place::Ghost(ghost.clone(), Control { kind: row.kind, ..*control }))
@@ -254,7 +304,8 @@ impl Map {
         let slot = match place {
             Place::Service(_) => 0,
             Place::Machine(machine, _) | Place::Key(machine, _) | Place::Job(machine, ..) => machine.slot(),
-            Place::Ghost(..) => return Vec::new(),
+            Place::Template(template, _) | Place::TemplateKey(template, _) => template.slot(),
+            Place::Var(..) | Place::Ghost(..) => return Vec::new(),
         };
         let sub = place.control().sub;
         let fixed = table::entries(kind).map(|(index, row)| {
@@ -276,11 +327,35 @@ impl Map {
                 }));
             }
             Place::Machine(machine, Kind::Jobs) => {
-                let numbers = machine.jobs().list().into_iter().filter(|number| *number > first);
-                listed.extend(numbers.filter_map(|number| {
+                let later = machine.jobs().named_list().into_iter().filter(|(number, _)| *number > first);
+                listed.extend(later.filter_map(|(number, name)| {
                     let node = jobs::node(slot, Kind::Job, number)?;
-                    let cookie = DYNAMIC + number;
-                    Some(Listed { name: number.to_string().into_bytes().into(), node, cookie })
+                    Some(Listed { name: name.into_bytes().into(), node, cookie: DYNAMIC + number })
+                }));
+            }
+            Place::Service(Kind::Templates) => {
+                // Slots of templates count down.
+                let age = |template: &Template| u64::from(u32::MAX - template.slot());
+                let mut later: Vec<Arc<Template>> = self.registry.templates().list();
+                later.retain(|template| age(template) > first);
+                later.sort_by_key(|template| age(template));
+                listed.extend(later.into_iter().map(|template| Listed {
+                    name: template.name().as_bytes().into(),
+                    node: Control { slot: template.slot(), kind: Kind::Template, sub: 0 },
+                    cookie: DYNAMIC + age(&template),
+                }));
+            }
+            Place::Machine(machine, kind) if kind.vars().is_some() => {
+                listed.extend(listed_vars(&Holder::Machine(machine.clone()), *kind, first));
+            }
+            Place::Template(template, kind) if kind.vars().is_some() => {
+                listed.extend(listed_vars(&Holder::Template(template.clone()), *kind, first));
+            }
+            Place::Template(_, Kind::TemplateConfig) => {
+                listed.extend((1..).zip(KEYS).filter(|(number, _)| *number > first).map(|(number, key)| Listed {
+                    name: key.name.as_bytes().into(),
+                    node: Control { kind: Kind::TemplateKey, ..config::node(slot, key) },
+                    cookie: DYNAMIC + number,
                 }));
             }
             Place::Machine(_, Kind::Config) => {
@@ -321,13 +396,35 @@ impl Map {
     }
 }
 
+fn found_var(holder: Holder, var: VarKind, control: Control) -> Option<Place> {
+    holder.vars().name(var, control.sub)?;
+    Some(Place::Var(holder, var, control.sub, control.kind))
+}
+
+fn named_var(holder: Holder, directory: Kind, name: &[u8]) -> Option<Place> {
+    let (var, kind) = directory.vars()?;
+    let id = holder.vars().find(var, name)?;
+    Some(Place::Var(holder, var, id, kind))
+}
+
+fn listed_vars(holder: &Holder, directory: Kind, after: u64) -> Vec<Listed> {
+    let Some((var, _)) = directory.vars() else { return Vec::new() };
+    let later = holder.vars().list(var).into_iter().filter(|(id, _)| u64::from(*id) > after);
+    later
+        .filter_map(|(id, name)| {
+            let node = vars::node(holder.slot(), directory, id)?;
+            Some(Listed { name: name.into_bytes().into(), node, cookie: DYNAMIC + u64::from(id) })
+        })
+        .collect()
+}
+
 /// In a ghost, whatever can have been listed before looks up.
 fn ghost_entry(ghost: &Arc<Ghost>, parent: Control, name: &[u8]) -> Option<Place> {
     let slot = parent.slot;
     let control = match parent.kind {
         Kind::Config => config::by_name(name).map(|key| config::node(slot, key)),
         Kind::Jobs => jobs::parse_number(name).and_then(|number| jobs::node(slot, Kind::Job, number)),
-        _ => None,
+        kind => kind.vars().map(|(_, kind)| Control { slot, kind, sub: super::node::hash28(name) }),
     };
     control.map(|control| Place::Ghost(ghost.clone(), control))
 }
@@ -343,6 +440,11 @@ impl Place {
             Place::Job(machine, job, kind) => {
                 Control { slot: machine.slot(), kind: *kind, sub: u32::try_from(job.number()).unwrap_or(u32::MAX) }
             }
+            Place::Var(holder, _, id, kind) => Control { slot: holder.slot(), kind: *kind, sub: *id },
+            Place::Template(template, kind) => Control { slot: template.slot(), kind: *kind, sub: 0 },
+            Place::TemplateKey(template, key) => {
+                Control { kind: Kind::TemplateKey, ..config::node(template.slot(), key) }
+            }
             Place::Ghost(_, control) => *control,
         }
     }
@@ -351,7 +453,9 @@ impl Place {
     pub fn kind(&self) -> Kind {
         match self {
             Place::Service(kind) | Place::Machine(_, kind) | Place::Job(_, _, kind) => *kind,
+            Place::Template(_, kind) | Place::Var(_, _, _, kind) => *kind,
             Place::Key(..) => Kind::ConfigKey,
+            Place::TemplateKey(..) => Kind::TemplateKey,
             Place::Ghost(_, control) => control.kind,
         }
     }
@@ -359,14 +463,30 @@ impl Place {
     /// The machine it is in; that of a ghost too.
     pub fn machine(&self) -> Option<&Arc<Machine>> {
         match self {
-            Place::Service(_) => None,
+            Place::Service(_) | Place::Template(..) | Place::TemplateKey(..) => None,
+            Place::Var(Holder::Machine(machine), ..) => Some(machine),
+            Place::Var(Holder::Template(_), ..) => None,
             Place::Machine(machine, _) | Place::Key(machine, _) | Place::Job(machine, ..) => Some(machine),
             Place::Ghost(ghost, _) => Some(&ghost.machine),
         }
     }
 
     fn owner(&self, registry: &Registry) -> (u32, u32) {
-        self.machine().map_or_else(|| (registry.mount_uid(), registry.mount_gid()), |machine| machine.owner())
+        match self {
+            Place::Template(template, _) | Place::TemplateKey(template, _) => template.owner(),
+            Place::Var(holder, ..) => holder.owner(),
+            _ => self.machine().map_or_else(|| (registry.mount_uid(), registry.mount_gid()), |machine| machine.owner()),
+        }
+    }
+
+    /// Permission bits beyond the table's: of a template that everybody may use, all but the secrets is shown.
+    fn shown_to_all(&self) -> u32 {
+        match self {
+            Place::Template(template, kind) if template.is_public() && *kind != Kind::TemplateSecrets => 0o055,
+            Place::TemplateKey(template, _) if template.is_public() => 0o044,
+            Place::Var(Holder::Template(template), VarKind::Env, ..) if template.is_public() => 0o044,
+            _ => 0,
+        }
     }
 
     /// How long its name and its attributes may be remembered.
@@ -378,6 +498,7 @@ impl Place {
             Place::Machine(_, Kind::Machine | Kind::Work) | Place::Job(_, _, Kind::Job) | Place::Ghost(..) => {
                 (Duration::ZERO, Duration::ZERO)
             }
+            Place::Var(..) | Place::Template(..) | Place::TemplateKey(..) => (Duration::ZERO, Duration::ZERO),
             Place::Machine(..) | Place::Key(..) | Place::Job(..) => (FIXED, Duration::ZERO),
         }
     }

@@ -2,7 +2,7 @@
 
 use super::node::Kind;
 use super::table::{self, TABLE};
-use crate::machine::{VERBS, Verb, config, registry};
+use crate::machine::{VERBS, Verb, config, root_verbs};
 use std::fmt::Write as _;
 
 const INTRODUCTION: &str = "\
@@ -45,13 +45,13 @@ pub fn readme() -> String {
         line(&mut text, &path(row), width, row.doc);
     }
     section(&mut text, "Commands of ctl");
-    verbs(&mut text, registry::VERBS);
+    verbs(&mut text, root_verbs::VERBS);
     section(&mut text, "Commands of NAME/ctl");
     verbs(&mut text, VERBS);
     section(&mut text, "Keys of NAME/config");
     let width = config::KEYS.iter().map(|key| key.name.len()).max().unwrap_or(0);
     for key in config::KEYS {
-        line(&mut text, key.name, width, &format!("{} ({})", key.doc, key.default));
+        line(&mut text, key.name, width, &format!("{} [{}; {}]", key.doc, key.takes(), key.default));
     }
     text
 }
@@ -119,7 +119,7 @@ mod tests {
             let line = text.lines().find(|line| line.split_whitespace().next() == Some(path(row).as_str()));
             assert!(line.is_some_and(|line| line.ends_with(row.doc)), "{}", path(row));
         }
-        for verb in registry::VERBS.iter().chain(VERBS) {
+        for verb in root_verbs::VERBS.iter().chain(VERBS) {
             assert!(text.contains(verb.usage) && text.contains(verb.doc), "{}", verb.name);
         }
         for key in config::KEYS {

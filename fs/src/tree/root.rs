@@ -8,7 +8,8 @@ use super::ops::Caller;
 use super::{readme, table};
 use crate::errno::Errno;
 use crate::machine::error::MachineError;
-use crate::machine::registry::{Registry, VERBS};
+use crate::machine::registry::Registry;
+use crate::machine::root_verbs::VERBS;
 use std::sync::Arc;
 use std::time::SystemTime;
 

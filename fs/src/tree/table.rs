@@ -38,6 +38,14 @@ pub static TABLE: &[Row] = &[
     row(Kind::Sys, "metrics", Kind::Metrics, 0o444, "counters, as OpenMetrics text"),
     row(Kind::Sys, "events", Kind::SysEvents, 0o444, "a log of all machines' events"),
     row(Kind::Sys, "wait", Kind::SysWait, 0o555, "files that block"),
+    row(Kind::Sys, "templates", Kind::Templates, 0o1777, "what machines begin with: mkdir TEMPLATE.REST takes it from there, other names from default"),
+    row(Kind::Templates, "TEMPLATE", Kind::Template, 0o700, "a template: mkdir makes one, rmdir removes it; a machine takes a copy"),
+    row(Kind::Template, "config", Kind::TemplateConfig, 0o700, "configuration, as in a machine; default takes a value back"),
+    row(Kind::Template, "env", Kind::TemplateEnv, 0o700, "environment, as in a machine"),
+    row(Kind::Template, "secrets", Kind::TemplateSecrets, 0o700, "secrets, as in a machine"),
+    row(Kind::TemplateConfig, "KEY", Kind::TemplateKey, 0o600, "a value"),
+    row(Kind::TemplateEnv, "VARIABLE", Kind::TemplateVar, 0o600, "a variable"),
+    row(Kind::TemplateSecrets, "SECRET", Kind::TemplateSecret, 0o200, "a secret"),
     row(Kind::SysWait, "event", Kind::SysWaitEvent, 0o444, "streams the events of all machines from now on"),
 
     row(Kind::Machine, "ctl", Kind::Ctl, 0o600, "commands for the machine, one a line; rm ctl destroys the machine"),
@@ -49,6 +57,7 @@ pub static TABLE: &[Row] = &[
     row(Kind::Machine, "errors", Kind::Errors, 0o400, "the last errors, newest last, each with its reason and the command"),
     row(Kind::Machine, "events", Kind::Events, 0o400, "a log of the machine's events"),
     row(Kind::Machine, "health", Kind::Health, 0o400, "asks the agent in the machine: ok and the round trip, or why not"),
+    row(Kind::Machine, "usage", Kind::Usage, 0o400, "what it takes of the host: processor, memory, disk, jobs"),
     row(Kind::Machine, "console", Kind::Console, 0o400, "a log of boot and serial output"),
     row(Kind::Machine, "exec", Kind::Exec, 0o600, "a script written here runs in the machine; opened for reading and writing it is private (see below)"),
     row(Kind::Machine, "out", Kind::Out, 0o400, "what the newest job prints, from its first byte; blocks until the job ends"),
@@ -56,6 +65,9 @@ pub static TABLE: &[Row] = &[
     row(Kind::Machine, "history", Kind::History, 0o400, "one line a command: job, start, seconds, exit code, who, the command"),
     row(Kind::Machine, "jobs", Kind::Jobs, 0o700, "every script that was run"),
     row(Kind::Machine, "config", Kind::Config, 0o700, "configuration, one value a file"),
+    row(Kind::Machine, "env", Kind::Env, 0o700, "environment of every job, one file a variable: write to make one, rm to remove it"),
+    row(Kind::Machine, "secrets", Kind::Secrets, 0o700, "the same for what is never shown: a secret can be written, and not read"),
+    row(Kind::Machine, "tags", Kind::Tags, 0o700, "labels of your own, one a file; shown in info"),
     row(Kind::Machine, "files", Kind::Files, 0o700, "the root directory of the machine"),
     row(Kind::Machine, "work", Kind::Work, 0o777, "a symbolic link to the working directory, in files"),
 
@@ -65,6 +77,10 @@ pub static TABLE: &[Row] = &[
     row(Kind::Wait, "console", Kind::WaitConsole, 0o400, "streams the console from now on"),
 
     row(Kind::Config, "KEY", Kind::ConfigKey, 0o600, "a value; write it to change it"),
+
+    row(Kind::Env, "VARIABLE", Kind::EnvVar, 0o600, "a variable; one newline at the end is not part of it"),
+    row(Kind::Secrets, "SECRET", Kind::Secret, 0o200, "a secret, sealed on the host's disk"),
+    row(Kind::Tags, "TAG", Kind::Tag, 0o600, "a label"),
 
     row(Kind::Jobs, "N", Kind::Job, 0o700, "a job; rmdir kills it and forgets it"),
     row(Kind::Job, "cmd", Kind::JobCmd, 0o400, "the script"),
@@ -77,7 +93,19 @@ pub static TABLE: &[Row] = &[
 
 /// Whether entries of this kind have names of their own, which the table only stands for.
 pub fn is_named_by_user(kind: Kind) -> bool {
-    matches!(kind, Kind::Machine | Kind::ConfigKey | Kind::Job)
+    matches!(
+        kind,
+        Kind::Machine
+            | Kind::ConfigKey
+            | Kind::Job
+            | Kind::EnvVar
+            | Kind::Secret
+            | Kind::Tag
+            | Kind::Template
+            | Kind::TemplateKey
+            | Kind::TemplateVar
+            | Kind::TemplateSecret
+    )
 }
 
 /// The fixed entries of a directory, in the order of its listing, each with its place in the table (a cookie for
@@ -130,6 +158,8 @@ mod tests {
             let public = matches!(row.parent, Kind::Root | Kind::Sys | Kind::SysWait) && row.kind != Kind::Machine;
             let allowed: &[u32] = match (public, row.kind.is_dir()) {
                 (_, _) if row.kind == Kind::Work => &[0o777],
+                // As /tmp: everybody makes, each removes their own.
+                (_, _) if row.kind == Kind::Templates => &[0o1777],
                 (true, true) => &[0o555],
                 (true, false) => &[0o444, 0o666],
                 (false, true) => &[0o700],
@@ -145,7 +175,8 @@ mod tests {
         let names = |parent| -> HashSet<&str> { TABLE.iter().filter(|r| r.parent == parent).map(|r| r.name).collect() };
         let design_root: HashSet<&str> =
             ["README", ".ignore", "ctl", "index", "index.json", ".sys", "NAME"].into_iter().collect();
-        let design_sys: HashSet<&str> = ["version", "health", "metrics", "events", "wait"].into_iter().collect();
+        let design_sys: HashSet<&str> =
+            ["version", "health", "metrics", "events", "wait", "templates"].into_iter().collect();
         let design_machine: HashSet<&str> = [
             "ctl",
             ".ignore",
@@ -157,6 +188,10 @@ mod tests {
             "events",
             "console",
             "health",
+            "usage",
+            "env",
+            "secrets",
+            "tags",
             "exec",
             "out",
             "exit",
@@ -168,7 +203,7 @@ mod tests {
         ]
         .into_iter()
         .collect();
-        let later = ["usage", "env", "secrets", "tags", "ports", "mounts", "changes", "snapshots"];
+        let later = ["ports", "mounts", "changes", "snapshots"];
         assert_eq!(names(Kind::Root), design_root);
         assert_eq!(names(Kind::Sys), design_sys);
         assert_eq!(names(Kind::Machine), design_machine);

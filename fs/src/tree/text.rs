@@ -70,6 +70,11 @@ impl Text {
         (bytes, held)
     }
 
+    /// Bytes of the text so far.
+    pub fn len(&self) -> usize {
+        self.spilled + self.bytes.len()
+    }
+
     /// The text so far, but for what was spilled.
     pub fn bytes(&self) -> &[u8] {
         &self.bytes

@@ -1,28 +1,113 @@
-//! A file with one value, as in `config/`: checked at each write, set when its text is complete.
+//! A file with one value, as in `config/`, `env/` and `tags/`: checked at each write, set when its text is complete.
 
 use super::ops::{Answer, Caller, Responder};
 use super::text::{Owner, Reason, Text, is_full_buffer, slice};
+use super::vars::Holder;
 use crate::errno::Errno;
 use crate::machine::Machine;
 use crate::machine::config::ConfigKey;
 use crate::machine::error::MachineError;
+use crate::machine::templates::Template;
+use crate::machine::vars::VarKind;
 use parking_lot::Mutex;
 use std::sync::Arc;
+use zeroize::Zeroize;
+
+/// What a value file is the value of.
+#[derive(Clone)]
+pub enum Setting {
+    /// `config/KEY`
+    Key(Arc<Machine>, &'static ConfigKey),
+    /// `config/KEY` of a template
+    TemplateKey(Arc<Template>, &'static ConfigKey),
+    /// `env/NAME`, `secrets/NAME`, `tags/NAME`
+    Var(Holder, VarKind, u32),
+}
+
+impl Setting {
+    /// What a read gives.
+    pub fn text(&self) -> Vec<u8> {
+        match self {
+            Setting::Key(machine, key) => line(machine.config_get(key.name)),
+            Setting::TemplateKey(template, key) => line(template.config_get(key.name)),
+            Setting::Var(holder, kind, id) => {
+                holder.vars().value(*kind, *id).map(|value| [&value[..], b"\n"].concat()).unwrap_or_default()
+            }
+        }
+    }
+
+    fn check_owner(&self, caller: Caller) -> Result<(), MachineError> {
+        match self {
+            Setting::Key(machine, _) => machine.check_owner(caller),
+            Setting::TemplateKey(template, _) => template.check_owner(caller),
+            Setting::Var(holder, ..) => holder.check_owner(caller),
+        }
+    }
+
+    fn check(&self, value: &[u8]) -> Result<(), MachineError> {
+        match self {
+            Setting::Key(machine, key) => machine.config_check(key.name, text(value)?),
+            Setting::TemplateKey(template, key) => template.config_check(key.name, text(value)?),
+            Setting::Var(_, kind, _) => kind.check_value(value),
+        }
+    }
+
+    fn set(&self, value: &[u8]) -> Result<(), MachineError> {
+        match self {
+            Setting::Key(machine, key) => machine.config_set(key.name, text(value)?),
+            Setting::TemplateKey(template, key) => template.config_set(key.name, text(value)?),
+            Setting::Var(holder, kind, id) => holder.set(*kind, *id, value),
+        }
+    }
+
+    /// Calls `done` once what was set is in force and written down, or could not be written.
+    fn settled(&self, done: impl FnOnce(Result<(), MachineError>) + Send + 'static) {
+        match self {
+            Setting::Key(machine, _) => machine.settled(done),
+            Setting::TemplateKey(template, _) => template.settled(done),
+            Setting::Var(holder, kind, _) => holder.settled(*kind, done),
+        }
+    }
+
+    /// Keeps a refusal for `errors`. What was written is shown for what is no secret.
+    fn refused(&self, errno: Errno, message: &str, bytes: &[u8]) {
+        let shown = || String::from_utf8_lossy(slice(bytes, 0, 200)).trim_end().to_string();
+        match self {
+            Setting::Key(machine, key) => {
+                machine.record_error("config", errno, message, &format!("{}={}", key.name, shown()));
+            }
+            Setting::Var(Holder::Machine(machine), kind, id) => {
+                let name = machine.vars().name(*kind, *id).unwrap_or_default();
+                let value = if *kind == VarKind::Tag { shown() } else { "…".into() };
+                machine.record_error("config", errno, message, &format!("{name}={value}"));
+            }
+            // A template has no `errors`: the reason is read where the value was written.
+            Setting::TemplateKey(..) | Setting::Var(Holder::Template(_), ..) => {}
+        }
+    }
+}
+
+fn line(value: Option<String>) -> Vec<u8> {
+    value.map(|value| format!("{value}\n").into_bytes()).unwrap_or_default()
+}
+
+fn text(value: &[u8]) -> Result<&str, MachineError> {
+    std::str::from_utf8(value).map_err(|_| MachineError::invalid("the value is not UTF-8 text"))
+}
 
 /// An open value file.
 pub struct ValueFile {
-    machine: Arc<Machine>,
-    key: &'static ConfigKey,
+    setting: Setting,
     snapshot: Vec<u8>,
     text: Mutex<Text>,
     reason: Reason,
 }
 
 impl ValueFile {
-    /// Opens the file of a key.
-    pub fn new(machine: Arc<Machine>, key: &'static ConfigKey, text: Text) -> ValueFile {
-        let snapshot = value_text(&machine, key);
-        ValueFile { machine, key, snapshot, text: Mutex::new(text), reason: Reason::default() }
+    /// Opens the file.
+    pub fn new(setting: Setting, text: Text) -> ValueFile {
+        let snapshot = setting.text();
+        ValueFile { setting, snapshot, text: Mutex::new(text), reason: Reason::default() }
     }
 
     /// Adds to the value. What there is of it is checked, unless it looks like the first part of a longer one: errors
@@ -36,17 +121,16 @@ impl ValueFile {
         if data.is_empty() {
             return Ok(());
         }
-        if let Err(error) = self.machine.check_owner(caller) {
+        if let Err(error) = self.setting.check_owner(caller) {
             return Err(self.refuse(&mut text, owner, error.errno(), &error.to_string()));
         }
         if let Err(errno) = text.push(owner, data) {
             return Err(self.refuse(&mut text, owner, errno, "the value is too long"));
         }
-        if !is_full_buffer(data.len()) {
-            let checked = value(text.bytes()).and_then(|value| self.machine.config_check(self.key.name, value));
-            if let Err(error) = checked {
-                return Err(self.refuse(&mut text, owner, error.errno(), &error.to_string()));
-            }
+        if !is_full_buffer(data.len())
+            && let Err(error) = self.setting.check(value(text.bytes()))
+        {
+            return Err(self.refuse(&mut text, owner, error.errno(), &error.to_string()));
         }
         self.reason.clear();
         Ok(())
@@ -67,7 +151,7 @@ impl ValueFile {
     /// The same, with nobody to answer to: why it was refused can be read.
     pub fn end(&self) {
         let complete = self.text.lock().end();
-        let _reported = complete.map(|bytes| self.try_set(&bytes));
+        let _reported = complete.map(|bytes| self.try_set(bytes));
     }
 
     /// Bytes at an offset: why the last write failed, else the value as it was at open.
@@ -77,20 +161,23 @@ impl ValueFile {
 
     fn set(&self, complete: Option<Vec<u8>>, responder: Responder) {
         let Some(bytes) = complete else { return responder.respond(Ok(Answer::Ok)) };
-        if let Err(errno) = self.try_set(&bytes) {
+        if let Err(errno) = self.try_set(bytes) {
             return responder.respond(Err(errno));
         }
         // Who changes values in a loop waits for the disk here, and nobody else does.
-        self.machine.settled(move |written| {
+        self.setting.settled(move |written| {
             responder.respond(written.map(|()| Answer::Ok).map_err(|error| error.errno()));
         });
     }
 
-    fn try_set(&self, bytes: &[u8]) -> Result<(), Errno> {
-        value(bytes).and_then(|value| self.machine.config_set(self.key.name, value)).map_err(|error| {
-            self.report(error.errno(), &error.to_string(), bytes);
+    fn try_set(&self, mut bytes: Vec<u8>) -> Result<(), Errno> {
+        let set = self.setting.set(value(&bytes)).map_err(|error| {
+            self.report(error.errno(), &error.to_string(), &bytes);
             error.errno()
-        })
+        });
+        // It may be a secret.
+        bytes.zeroize();
+        set
     }
 
     fn refuse(&self, text: &mut Text, owner: Owner, errno: Errno, message: &str) -> Errno {
@@ -100,21 +187,14 @@ impl ValueFile {
     }
 
     fn report(&self, errno: Errno, message: &str, bytes: &[u8]) {
-        let shown = String::from_utf8_lossy(slice(bytes, 0, 200)).trim_end().to_string();
         self.reason.set(message);
-        self.machine.record_error("config", errno, message, &format!("{}={shown}", self.key.name));
+        self.setting.refused(errno, message, bytes);
     }
 }
 
-/// What a read of a key's file gives.
-pub fn value_text(machine: &Machine, key: &ConfigKey) -> Vec<u8> {
-    machine.config_get(key.name).map(|value| format!("{value}\n").into_bytes()).unwrap_or_default()
-}
-
 /// A value as it was written: one newline at the end is not part of it.
-fn value(bytes: &[u8]) -> Result<&str, MachineError> {
-    let bytes = bytes.strip_suffix(b"\n").unwrap_or(bytes);
-    std::str::from_utf8(bytes).map_err(|_| MachineError::invalid("the value is not UTF-8 text"))
+fn value(bytes: &[u8]) -> &[u8] {
+    bytes.strip_suffix(b"\n").unwrap_or(bytes)
 }
 
 #[cfg(test)]
@@ -123,10 +203,10 @@ mod tests {
 
     #[test]
     fn one_newline_is_not_part_of_the_value() {
-        assert_eq!(value(b"2G\n").unwrap(), "2G");
-        assert_eq!(value(b"2G").unwrap(), "2G");
-        assert_eq!(value(b"2G\n\n").unwrap(), "2G\n");
-        assert_eq!(value(b"\n").unwrap(), "");
-        assert!(value(b"\xff\n").is_err());
+        assert_eq!(value(b"2G\n"), b"2G");
+        assert_eq!(value(b"2G"), b"2G");
+        assert_eq!(value(b"2G\n\n"), b"2G\n");
+        assert_eq!(value(b"\n"), b"");
+        assert!(text(b"\xff").is_err());
     }
 }

@@ -1,7 +1,7 @@
 //! A credential helper for git (gitcredentials(7)), in two parts: a program that git runs in a job, and this agent,
 //! which it asks over an abstract unix socket. So the token is in no file, no URL and no argument.
 
-use crate::secrets::Secrets;
+use crate::secrets::{Secrets, Variable};
 use std::io::{self, Read, Write};
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::net::{SocketAddr, UnixListener, UnixStream};
@@ -9,6 +9,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
+use zeroize::Zeroizing;
 
 /// The user name that goes with a token, whatever kind of token it is.
 const USER: &str = "x-access-token";
@@ -69,7 +70,7 @@ fn answer(mut stream: &UnixStream, secrets: &Secrets) -> io::Result<()> {
     let attribute =
         |name: &str| question.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix('=')).unwrap_or_default();
     if let Some(token) = secrets.token_for(attribute("protocol"), attribute("host")) {
-        let answer = [format!("username={USER}\npassword=").as_bytes(), &token, b"\n"].concat();
+        let answer = Zeroizing::new([format!("username={USER}\npassword=").as_bytes(), &token, b"\n"].concat());
         stream.write_all(&answer)?;
     }
     Ok(())
@@ -96,7 +97,7 @@ fn exchange(socket: &[u8]) -> io::Result<()> {
     let mut stream = UnixStream::connect_addr(&SocketAddr::from_abstract_name(socket)?)?;
     stream.write_all(&question)?;
     stream.shutdown(std::net::Shutdown::Write)?;
-    let mut answer = Vec::new();
+    let mut answer = Zeroizing::new(Vec::with_capacity(MAX_QUESTION as usize));
     stream.take(MAX_QUESTION).read_to_end(&mut answer)?;
     io::stdout().write_all(&answer)
 }
@@ -104,7 +105,7 @@ fn exchange(socket: &[u8]) -> io::Result<()> {
 /// What makes git in a job use the helper, as environment variables (git-config(1), GIT_CONFIG_COUNT), on top of the
 /// `count` of such that the job has. The first entry for a server takes away helpers from files: one of them could
 /// keep the token on a disk.
-pub fn git_config(secrets: &Secrets, count: usize) -> Vec<(Vec<u8>, Vec<u8>)> {
+pub fn git_config(secrets: &Secrets, count: usize) -> Vec<Variable> {
     let urls = secrets.token_urls();
     let Some(program) = own_program().filter(|_| !urls.is_empty()) else { return Vec::new() };
     let helper = format!("!'{program}' credential {}", secrets.socket());
@@ -118,7 +119,7 @@ pub fn git_config(secrets: &Secrets, count: usize) -> Vec<(Vec<u8>, Vec<u8>)> {
         }
     }
     variables.push(("GIT_CONFIG_COUNT".to_owned(), number.to_string()));
-    variables.into_iter().map(|(name, value)| (name.into_bytes(), value.into_bytes())).collect()
+    variables.into_iter().map(|(name, value)| (name.into_bytes(), Zeroizing::new(value.into_bytes()))).collect()
 }
 
 /// The path of the agent's own program, where it can stand in a shell's quotes.

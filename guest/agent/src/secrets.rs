@@ -5,6 +5,7 @@ use machinefs_protocol::secret;
 use parking_lot::Mutex;
 use std::collections::BTreeSet;
 use thiserror::Error;
+use zeroize::Zeroizing;
 
 /// The secret that is git's password.
 const TOKEN: &[u8] = b"GITHUB_TOKEN";
@@ -16,8 +17,8 @@ const DEFAULT_HOST: &str = "github.com";
 /// Who another user namespace's users look like, here (`overflowuid` of proc_sys_kernel(5)).
 const OVERFLOW_UID: u32 = 65_534;
 
-/// A name and its value.
-pub type Variable = (Vec<u8>, Vec<u8>);
+/// A name and its value, which is wiped after use.
+pub type Variable = (Vec<u8>, Zeroizing<Vec<u8>>);
 
 /// The secrets. Never shown, so it has no `Debug`.
 pub struct Secrets {
@@ -70,7 +71,8 @@ impl Secrets {
                 return Err(SecretError::Value(name));
             }
         }
-        let values = secrets.iter().map(|secret| (secret.name.to_vec(), secret.value.to_vec())).collect();
+        let values =
+            secrets.iter().map(|secret| (secret.name.to_vec(), Zeroizing::new(secret.value.to_vec()))).collect();
         *self.values.lock() = values;
         Ok(())
     }
@@ -91,7 +93,7 @@ impl Secrets {
         uid != OVERFLOW_UID && self.users.lock().contains(&uid)
     }
 
-    fn value(&self, name: &[u8]) -> Option<Vec<u8>> {
+    fn value(&self, name: &[u8]) -> Option<Zeroizing<Vec<u8>>> {
         self.values.lock().iter().rev().find(|(other, _)| other == name).map(|(_, value)| value.clone())
     }
 
@@ -113,13 +115,15 @@ impl Secrets {
     }
 
     /// The token, for a server at that URL.
-    pub fn token_for(&self, protocol: &str, host: &str) -> Option<Vec<u8>> {
+    pub fn token_for(&self, protocol: &str, host: &str) -> Option<Zeroizing<Vec<u8>>> {
         let asked = format!("{protocol}://{}", host.to_ascii_lowercase());
         if !self.token_urls().contains(&asked) {
             return None;
         }
         // A line break would be the end of it, and what follows another answer.
-        self.value(TOKEN).map(|token| token.trim_ascii().to_vec()).filter(|token| !token.contains(&b'\n'))
+        self.value(TOKEN)
+            .map(|token| Zeroizing::new(token.trim_ascii().to_vec()))
+            .filter(|token| !token.contains(&b'\n'))
     }
 }
 
@@ -153,8 +157,8 @@ mod tests {
         )
         .unwrap();
         assert_eq!(secrets.token_urls(), ["https://github.com", "https://git.example.com", "http://localhost:8080"]);
-        assert_eq!(secrets.token_for("https", "GitHub.com").unwrap(), b"t1");
-        assert_eq!(secrets.token_for("http", "localhost:8080").unwrap(), b"t1");
+        assert_eq!(secrets.token_for("https", "GitHub.com").unwrap().as_slice(), b"t1");
+        assert_eq!(secrets.token_for("http", "localhost:8080").unwrap().as_slice(), b"t1");
         for (protocol, host) in [
             ("http", "github.com"),
             ("https", "github.com.evil.example"),
@@ -180,7 +184,7 @@ mod tests {
             let error = set(&secrets, &[("B", "2"), (name, value)]).unwrap_err().to_string();
             assert!(error.len() < 200, "{error}");
         }
-        assert_eq!(secrets.variables(), [(b"A".to_vec(), b"1".to_vec())]);
+        assert_eq!(secrets.variables(), [(b"A".to_vec(), Zeroizing::new(b"1".to_vec()))]);
         assert!(!secrets.is_user(0));
         secrets.add_user(0);
         secrets.add_user(OVERFLOW_UID);

@@ -1,6 +1,8 @@
 //! Changes that wait to be written: the newest value of each, and the newest lines of each log.
 
 use super::super::error::MachineError;
+use super::super::vars::{VarKind, VarRow};
+use super::named;
 use super::tables::{self, JobRow, LogKind};
 use rusqlite::Connection;
 use std::collections::{BTreeMap, HashMap, VecDeque};
@@ -21,7 +23,12 @@ fn most_lines(slot: u32) -> usize {
 #[derive(Default)]
 pub(super) struct Changes {
     states: BTreeMap<u32, &'static str>,
-    config: BTreeMap<(u32, String), String>,
+    idle: BTreeMap<u32, bool>,
+    sums: BTreeMap<u32, (u64, u64)>,
+    /// `None`: it is taken back.
+    config: BTreeMap<(u32, String), Option<String>>,
+    /// `None`: it is forgotten.
+    vars: BTreeMap<(u32, VarKind, u32), Option<VarRow>>,
     /// `None`: it is forgotten.
     jobs: BTreeMap<(u32, u64), Option<JobRow>>,
     counters: BTreeMap<String, i64>,
@@ -31,7 +38,10 @@ pub(super) struct Changes {
 impl Changes {
     pub fn is_empty(&self) -> bool {
         self.states.is_empty()
+            && self.idle.is_empty()
+            && self.sums.is_empty()
             && self.config.is_empty()
+            && self.vars.is_empty()
             && self.jobs.is_empty()
             && self.counters.is_empty()
             && self.logs.is_empty()
@@ -41,8 +51,24 @@ impl Changes {
         self.states.insert(slot, state);
     }
 
-    pub fn set_config(&mut self, slot: u32, key: &str, value: &str) {
-        self.config.insert((slot, key.to_string()), value.to_string());
+    pub fn set_idle(&mut self, slot: u32, idle: bool) {
+        self.idle.insert(slot, idle);
+    }
+
+    pub fn set_sums(&mut self, slot: u32, sums: (u64, u64)) {
+        self.sums.insert(slot, sums);
+    }
+
+    pub fn set_config(&mut self, slot: u32, key: &str, value: Option<&str>) {
+        self.config.insert((slot, key.to_string()), value.map(str::to_string));
+    }
+
+    pub fn put_var(&mut self, slot: u32, row: VarRow) {
+        self.vars.insert((slot, row.kind, row.id), Some(row));
+    }
+
+    pub fn delete_var(&mut self, slot: u32, kind: VarKind, id: u32) {
+        self.vars.insert((slot, kind, id), None);
     }
 
     pub fn put_job(&mut self, slot: u32, row: JobRow) {
@@ -76,8 +102,23 @@ impl Changes {
         for (slot, state) in &self.states {
             tables::set_state(db, *slot, state)?;
         }
+        for (slot, idle) in &self.idle {
+            tables::set_idle(db, *slot, *idle)?;
+        }
+        for (slot, sums) in &self.sums {
+            tables::set_sums(db, *slot, *sums)?;
+        }
         for ((slot, key), value) in &self.config {
-            tables::set_config(db, *slot, key, value)?;
+            match value {
+                Some(value) => tables::set_config(db, *slot, key, value)?,
+                None => tables::delete_config(db, *slot, key)?,
+            }
+        }
+        for ((slot, kind, id), row) in &self.vars {
+            match row {
+                Some(row) => named::put_var(db, *slot, row)?,
+                None => named::delete_var(db, *slot, *kind, *id)?,
+            }
         }
         for ((slot, number), row) in &self.jobs {
             match row {
@@ -100,7 +141,10 @@ impl Changes {
     /// Adds newer changes.
     pub fn add(&mut self, newer: Changes) {
         self.states.extend(newer.states);
+        self.idle.extend(newer.idle);
+        self.sums.extend(newer.sums);
         self.config.extend(newer.config);
+        self.vars.extend(newer.vars);
         self.jobs.extend(newer.jobs);
         for (name, value) in newer.counters {
             self.set_counter(&name, value);
@@ -156,12 +200,12 @@ mod tests {
     fn only_the_newest_value_waits_and_logs_are_bounded() {
         let mut changes = Changes::default();
         for number in 0..10_000 {
-            changes.set_config(1, "workdir", &format!("/{number}"));
+            changes.set_config(1, "workdir", Some(&format!("/{number}")));
             changes.log(1, LogKind::Event, &"x".repeat(10_000));
             changes.set_counter("event", number);
         }
         assert_eq!(changes.config.len(), 1);
-        assert_eq!(changes.config[&(1, "workdir".to_string())], "/9999");
+        assert_eq!(changes.config[&(1, "workdir".to_string())].as_deref(), Some("/9999"));
         let lines = &changes.logs[&(1, LogKind::Event)];
         assert_eq!(lines.len(), LINES);
         assert!(lines.iter().all(|line| line.len() <= LONGEST_LINE));

@@ -1,11 +1,15 @@
 //! The tables of the state database: rows in and out.
 
 use super::super::error::MachineError;
+use super::super::templates;
+use super::super::vars::VarRow;
+use super::named::{put_var, vars};
 use rusqlite::{Connection, OptionalExtension, params};
 
 /// The layout of the tables; a database of another number is refused.
-pub(super) const SCHEMA_VERSION: i64 = 1;
+pub(super) const SCHEMA_VERSION: i64 = 2;
 
+/// The first layout.
 pub(super) const SCHEMA: &str = "
 CREATE TABLE machine (
     slot INTEGER PRIMARY KEY AUTOINCREMENT,
@@ -29,6 +33,21 @@ CREATE INDEX log_by_machine ON log (slot, kind, seq);
 CREATE TABLE counter (name TEXT PRIMARY KEY, value INTEGER NOT NULL) WITHOUT ROWID;
 ";
 
+/// What the second layout has beyond the first.
+pub(super) const SECOND: &str = "
+CREATE TABLE var (
+    slot INTEGER NOT NULL, kind INTEGER NOT NULL, id INTEGER NOT NULL,
+    name TEXT NOT NULL, value BLOB NOT NULL,
+    PRIMARY KEY (slot, kind, id)
+) WITHOUT ROWID;
+CREATE TABLE template (slot INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE, uid INTEGER NOT NULL, gid INTEGER NOT NULL);
+ALTER TABLE machine ADD COLUMN template TEXT NOT NULL DEFAULT 'default';
+ALTER TABLE machine ADD COLUMN idle INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE machine ADD COLUMN jobs INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE machine ADD COLUMN job_ms INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE job ADD COLUMN name TEXT;
+";
+
 /// A machine as it is written down.
 #[derive(Clone, Debug)]
 pub struct MachineRow {
@@ -48,6 +67,14 @@ pub struct MachineRow {
     pub uid_slot: u32,
     /// Its configuration.
     pub config: Vec<(String, String)>,
+    /// The template it was made from.
+    pub template: String,
+    /// It is down because nobody used it.
+    pub idle: bool,
+    /// Jobs that have ended, ever, and their milliseconds.
+    pub jobs: (u64, u64),
+    /// Environment, secrets, tags.
+    pub vars: Vec<VarRow>,
 }
 
 /// A job as it is written down.
@@ -71,6 +98,8 @@ pub struct JobRow {
     pub max_rss_kib: i64,
     /// Its text, or the beginning of one that is in a file.
     pub command: Vec<u8>,
+    /// Its name, if it has one beside the number.
+    pub name: Option<String>,
 }
 
 /// Which log a line belongs to.
@@ -87,14 +116,19 @@ pub enum LogKind {
 
 /// Inserts a machine and gives its slot.
 pub fn insert_machine(db: &Connection, row: &MachineRow) -> Result<u32, MachineError> {
-    db.prepare_cached("INSERT INTO machine (name, uid, gid, created_ms, state, uid_slot) VALUES (?, ?, ?, ?, ?, ?)")?
-        .execute(params![row.name, row.uid, row.gid, row.created_ms, row.state, row.uid_slot])?;
+    db.prepare_cached(
+        "INSERT INTO machine (name, uid, gid, created_ms, state, uid_slot, template) VALUES (?, ?, ?, ?, ?, ?, ?)",
+    )?
+    .execute(params![row.name, row.uid, row.gid, row.created_ms, row.state, row.uid_slot, row.template])?;
     let slot = u32::try_from(db.last_insert_rowid())
         .ok()
-        .filter(|slot| *slot < 1 << 24)
+        .filter(|slot| *slot < templates::FIRST_SLOT)
         .ok_or_else(|| MachineError::limit("all 16 million machine numbers of this state directory are used up"))?;
     for (key, value) in &row.config {
         set_config(db, slot, key, value)?;
+    }
+    for var in &row.vars {
+        put_var(db, slot, var)?;
     }
     Ok(slot)
 }
@@ -106,9 +140,41 @@ pub fn set_config(db: &Connection, slot: u32, key: &str, value: &str) -> Result<
     Ok(())
 }
 
+/// Takes a configuration value back.
+pub fn delete_config(db: &Connection, slot: u32, key: &str) -> Result<(), MachineError> {
+    db.prepare_cached("DELETE FROM config WHERE slot = ? AND key = ?")?.execute(params![slot, key])?;
+    Ok(())
+}
+
+/// The configuration of a machine or template.
+pub fn config(db: &Connection, slot: u32) -> Result<Vec<(String, String)>, MachineError> {
+    let rows = db
+        .prepare_cached("SELECT key, value FROM config WHERE slot = ?")?
+        .query_map(params![slot], |row| Ok((row.get(0)?, row.get(1)?)))?
+        .collect::<Result<_, _>>()?;
+    Ok(rows)
+}
+
 /// Writes down a machine's state.
 pub fn set_state(db: &Connection, slot: u32, state: &str) -> Result<(), MachineError> {
     db.prepare_cached("UPDATE machine SET state = ? WHERE slot = ?")?.execute(params![state, slot])?;
+    Ok(())
+}
+
+/// Writes down whether a machine is down because nobody used it.
+pub fn set_idle(db: &Connection, slot: u32, idle: bool) -> Result<(), MachineError> {
+    db.prepare_cached("UPDATE machine SET idle = ? WHERE slot = ?")?.execute(params![idle, slot])?;
+    Ok(())
+}
+
+/// Writes down how many jobs of a machine have ended, and their milliseconds.
+pub fn set_sums(db: &Connection, slot: u32, (jobs, millis): (u64, u64)) -> Result<(), MachineError> {
+    let number = |number: u64| i64::try_from(number).unwrap_or(i64::MAX);
+    db.prepare_cached("UPDATE machine SET jobs = ?, job_ms = ? WHERE slot = ?")?.execute(params![
+        number(jobs),
+        number(millis),
+        slot
+    ])?;
     Ok(())
 }
 
@@ -120,7 +186,7 @@ pub fn set_name(db: &Connection, slot: u32, name: &str) -> Result<(), MachineErr
 
 /// Forgets a machine whose resources are gone.
 pub fn delete_machine(db: &Connection, slot: u32) -> Result<(), MachineError> {
-    for table in ["config", "job", "log", "machine"] {
+    for table in ["config", "var", "job", "log", "machine"] {
         db.execute(&format!("DELETE FROM {table} WHERE slot = ?"), params![slot])?;
     }
     db.execute("DELETE FROM counter WHERE name = ?", params![jobs_counter(slot)])?;
@@ -130,7 +196,10 @@ pub fn delete_machine(db: &Connection, slot: u32) -> Result<(), MachineError> {
 /// All machines, those in `destroyed` (to be torn down) too.
 pub fn machines(db: &Connection) -> Result<Vec<MachineRow>, MachineError> {
     let mut rows: Vec<MachineRow> = db
-        .prepare("SELECT slot, name, uid, gid, created_ms, state, uid_slot FROM machine ORDER BY slot")?
+        .prepare(
+            "SELECT slot, name, uid, gid, created_ms, state, uid_slot, template, idle, jobs, job_ms FROM machine \
+             ORDER BY slot",
+        )?
         .query_map([], |row| {
             Ok(MachineRow {
                 slot: row.get(0)?,
@@ -141,13 +210,16 @@ pub fn machines(db: &Connection) -> Result<Vec<MachineRow>, MachineError> {
                 state: row.get(5)?,
                 uid_slot: row.get(6)?,
                 config: Vec::new(),
+                template: row.get(7)?,
+                idle: row.get(8)?,
+                jobs: (row.get::<_, i64>(9)?.max(0) as u64, row.get::<_, i64>(10)?.max(0) as u64),
+                vars: Vec::new(),
             })
         })?
         .collect::<Result<_, _>>()?;
-    let mut configs = db.prepare("SELECT key, value FROM config WHERE slot = ?")?;
     for row in &mut rows {
-        row.config =
-            configs.query_map(params![row.slot], |row| Ok((row.get(0)?, row.get(1)?)))?.collect::<Result<_, _>>()?;
+        row.config = config(db, row.slot)?;
+        row.vars = vars(db, row.slot)?;
     }
     Ok(rows)
 }
@@ -156,7 +228,7 @@ pub fn machines(db: &Connection) -> Result<Vec<MachineRow>, MachineError> {
 pub fn put_job(db: &Connection, slot: u32, row: &JobRow) -> Result<(), MachineError> {
     db.prepare_cached(
         "INSERT OR REPLACE INTO job (slot, number, uid, created_ms, started_ms, ended_ms, end, cpu_micros, max_rss_kib, \
-         command) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+         command, name) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
     )?
     .execute(params![
         slot,
@@ -168,7 +240,8 @@ pub fn put_job(db: &Connection, slot: u32, row: &JobRow) -> Result<(), MachineEr
         row.end,
         row.cpu_micros,
         row.max_rss_kib,
-        row.command
+        row.command,
+        row.name
     ])?;
     Ok(())
 }
@@ -183,7 +256,7 @@ pub fn delete_job(db: &Connection, slot: u32, number: u64) -> Result<(), Machine
 pub fn jobs(db: &Connection, slot: u32) -> Result<Vec<JobRow>, MachineError> {
     let rows = db
         .prepare_cached(
-            "SELECT number, uid, created_ms, started_ms, ended_ms, end, cpu_micros, max_rss_kib, command FROM job \
+            "SELECT number, uid, created_ms, started_ms, ended_ms, end, cpu_micros, max_rss_kib, command, name FROM job \
              WHERE slot = ? ORDER BY number",
         )?
         .query_map(params![slot], |row| {
@@ -197,6 +270,7 @@ pub fn jobs(db: &Connection, slot: u32) -> Result<Vec<JobRow>, MachineError> {
                 cpu_micros: row.get(6)?,
                 max_rss_kib: row.get(7)?,
                 command: row.get(8)?,
+                name: row.get(9)?,
             })
         })?
         .collect::<Result<_, _>>()?;

@@ -7,8 +7,10 @@ use crate::secrets::Variable;
 use machinefs_protocol::job::JobSpec;
 use std::collections::HashMap;
 use std::ffi::{CString, OsStr};
+use std::ops::Deref;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
+use zeroize::{Zeroize, Zeroizing};
 
 /// PATH of a job that names none.
 const PATH: &[u8] = b"/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
@@ -21,11 +23,31 @@ pub struct Program {
     /// The arguments, the program's name first.
     pub argv: Vec<CString>,
     /// The environment, `NAME=value`.
-    pub env: Vec<CString>,
+    pub env: Environment,
     /// What to call it in messages.
     pub name: String,
     /// The script's file, to be kept for the time of the job.
     pub script: Option<Script>,
+}
+
+/// An environment: secrets are in it, and so it is wiped after use.
+#[derive(Debug)]
+pub struct Environment(Vec<CString>);
+
+impl Deref for Environment {
+    type Target = [CString];
+
+    fn deref(&self) -> &[CString] {
+        &self.0
+    }
+}
+
+impl Drop for Environment {
+    fn drop(&mut self) {
+        for entry in self.0.drain(..) {
+            entry.into_bytes_with_nul().zeroize();
+        }
+    }
 }
 
 /// What a job finds in its environment without having asked for it.
@@ -89,12 +111,12 @@ pub fn prepare(
 
 /// The agent's own small environment, the secrets, and the job's variables on top; of two values of a name the later one
 /// stays.
-fn environment(spec: &JobSpec, user: &User, surroundings: &Surroundings<'_>) -> Result<Vec<CString>, JobError> {
-    let mut entries: Vec<Vec<u8>> = Vec::new();
+fn environment(spec: &JobSpec, user: &User, surroundings: &Surroundings<'_>) -> Result<Environment, JobError> {
+    let mut entries: Vec<Zeroizing<Vec<u8>>> = Vec::new();
     // Where each name is.
     let mut places: HashMap<Vec<u8>, usize> = HashMap::new();
     let mut set = |name: &[u8], value: &[u8]| {
-        let entry = [name, b"=", value].concat();
+        let entry = Zeroizing::new([name, b"=", value].concat());
         match places.get(name).and_then(|place| entries.get_mut(*place)) {
             Some(place) => *place = entry,
             None => {
@@ -134,7 +156,8 @@ fn environment(spec: &JobSpec, user: &User, surroundings: &Surroundings<'_>) -> 
     if let Some((name, value)) = surroundings.mark.split_once('=') {
         set(name.as_bytes(), value.as_bytes());
     }
-    entries.iter().map(|entry| c_string(entry, "environment")).collect()
+    let entries: Result<_, _> = entries.iter().map(|entry| c_string(entry, "environment")).collect();
+    entries.map(Environment)
 }
 
 /// Where a program may be: the path it is, or its name in each directory of PATH, as execvp(3) does it. A relative
@@ -183,11 +206,12 @@ mod tests {
     }
 
     fn git(count: usize) -> Vec<Variable> {
-        vec![(b"GIT_CONFIG_COUNT".into(), (count + 1).to_string().into_bytes())]
+        vec![(b"GIT_CONFIG_COUNT".into(), Zeroizing::new((count + 1).to_string().into_bytes()))]
     }
 
     fn surroundings() -> Surroundings<'static> {
-        let secrets = vec![(b"TOKEN".to_vec(), b"secret".to_vec()), (b"B".to_vec(), b"secret".to_vec())];
+        let secret = |name: &[u8]| (name.to_vec(), Zeroizing::new(b"secret".to_vec()));
+        let secrets = vec![secret(b"TOKEN"), secret(b"B")];
         Surroundings { secrets, job: 7, mark: "MARK=abc-7".into(), git: &git }
     }
 

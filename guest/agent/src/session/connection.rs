@@ -229,9 +229,9 @@ impl Connection {
                 if looked.take().is_some() {
                     pool.watched = false;
                 }
-                if let Some(work) = pool.queue.pop_front() {
+                if let Some(mut work) = pool.queue.pop_front() {
                     pool.queued_bytes -= work.size();
-                    self.run(pool, &work);
+                    self.run(pool, &mut work);
                 } else if let Some(leader) = pool.reader.take() {
                     pool.parked = false;
                     drop(pool);
@@ -268,7 +268,7 @@ impl Connection {
     }
 
     /// Executes a request, with the pool's lock given up meanwhile.
-    fn run(self: &Arc<Self>, mut pool: parking_lot::MutexGuard<'_, Pool>, work: &Work) {
+    fn run(self: &Arc<Self>, mut pool: parking_lot::MutexGuard<'_, Pool>, work: &mut Work) {
         if work.pace == Pace::LockWait {
             pool.lock_waits += 1;
             if !pool.queue.is_empty() && pool.idle == 0 && pool.threads < MAX_THREADS + pool.lock_waits {
@@ -285,7 +285,7 @@ impl Connection {
     /// Reads frames, until there is a request to execute and another thread to read on; executes it.
     fn lead(self: &Arc<Self>, mut leader: Box<Leader>) {
         loop {
-            let work = match leader.reader.read() {
+            let mut work = match leader.reader.read() {
                 Ok(frame) => match self.admit(&mut leader, frame) {
                     Ok(Some(work)) => work,
                     Ok(None) => continue,
@@ -304,7 +304,7 @@ impl Connection {
             let alone = work.pace == Pace::Quick && !leader.reader.has_more() && pool.queue.is_empty();
             // A new thread finds the read half parked and becomes the watcher.
             if alone && (pool.watched || follower || (pool.threads < MAX_THREADS && self.add_thread(&mut pool))) {
-                match self.execute_in_place(pool, leader, &work) {
+                match self.execute_in_place(pool, leader, &mut work) {
                     Some(back) => leader = back,
                     None => return,
                 }
@@ -321,7 +321,7 @@ impl Connection {
                 if follower {
                     self.followers.notify_one();
                 }
-                return self.run(pool, &work);
+                return self.run(pool, &mut work);
             }
             if pool.queue.len() >= MAX_QUEUE || pool.queued_bytes + work.size() > MAX_BYTES {
                 drop(pool);
@@ -338,7 +338,7 @@ impl Connection {
         self: &Arc<Self>,
         mut pool: parking_lot::MutexGuard<'_, Pool>,
         leader: Box<Leader>,
-        work: &Work,
+        work: &mut Work,
     ) -> Option<Box<Leader>> {
         pool.reader = Some(leader);
         pool.parked = true;

@@ -8,6 +8,7 @@ use machinefs_protocol::frame::{Kind, decode_meta, encode_meta};
 use machinefs_protocol::job::JobSpec;
 use machinefs_protocol::message::{Failure, Reply, Request};
 use std::time::Duration;
+use zeroize::Zeroize;
 
 /// An answer: a message and a body.
 type Answer = Result<(Reply, Vec<u8>), Failure>;
@@ -25,7 +26,7 @@ impl From<JobError> for Failure {
 
 impl Connection {
     /// Executes a request on this thread and answers it.
-    pub(super) fn execute(&self, work: &Work) {
+    pub(super) fn execute(&self, work: &mut Work) {
         work.state.begin();
         let late = work.deadline_ms > 0 && work.arrived.elapsed() >= Duration::from_millis(u64::from(work.deadline_ms));
         let request = match decode_meta::<Request>(&work.meta) {
@@ -46,7 +47,10 @@ impl Connection {
         work.state.finish();
         self.requests.remove(work.tag);
         self.answer(work.tag, &answer);
-        self.afterwards(&request, &work.body, work.tag, answer.is_ok());
+        self.afterwards(&request, work.tag, answer.is_ok());
+        if matches!(request, Request::SetSecrets) {
+            work.body.zeroize();
+        }
     }
 
     fn perform(&self, request: &Request<'_>, body: &[u8], tag: u64, state: &InFlight) -> Answer {
@@ -124,7 +128,7 @@ impl Connection {
     }
 
     /// What has to come after the answer.
-    fn afterwards(&self, request: &Request<'_>, body: &[u8], tag: u64, succeeded: bool) {
+    fn afterwards(&self, request: &Request<'_>, tag: u64, succeeded: bool) {
         match request {
             Request::JobStart { job, .. } => self.streams.release(*job),
             Request::JobStdin { .. } if succeeded => {
