@@ -4,7 +4,7 @@ use machinefs_tests::stopped::Stopped;
 use machinefs_tests::{Machine, Running, each_user, eventually, skip, user};
 
 /// Starts a script that opens what it needs, makes `$T/$D-ready`, and goes on when `$T/$D-go` is there.
-fn prepared<'a>(m: &'a Machine<'_>, script: &str) -> Running {
+fn prepared(m: &Machine<'_>, script: &str) -> Running {
     m.bash("rm -f $T/$D-*").ok();
     let running = m.spawn_python(script);
     assert!(eventually(60, || m.daemon.tmp().join(format!("{}-ready", m.name)).exists()), "the script opens nothing");

@@ -33,7 +33,7 @@ use state::{Action, Event, State, Step};
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, SystemTime};
 use store::LogKind;
 use textlog::TextLog;
@@ -101,6 +101,8 @@ pub struct Machine {
     run_number: AtomicU64,
     /// How long a stop waits before it kills, in milliseconds.
     grace_ms: AtomicU64,
+    /// Whether it is paused, for its files.
+    paused: Arc<AtomicBool>,
     silence: Silence,
     /// The run whose agent is being sought, 0 for none.
     seeking: AtomicU64,
@@ -330,6 +332,7 @@ impl Machine {
             };
             let from = life.state;
             life.state = next;
+            self.paused.store(next == State::Paused, Ordering::Release);
             life.changed = SystemTime::now();
             life.why = why.to_string();
             if from != next {
