@@ -439,7 +439,7 @@ fn data_beyond_the_credit_ends_the_link() {
     // Credit is granted as the sink takes it; this agent sends without looking.
     let mut sent = 0;
     let (rest, refused) = (INITIAL_CREDIT as usize / data.len() + 1, 1000);
-    while agent.frame(Kind::Data, 0, tag, &[], &data).is_ok() && sent < refused * rest {
+    while sent < refused * rest && agent.frame(Kind::Data, 0, tag, &[], &data).is_ok() {
         sent += 1;
         if sent % 50 == 0 && host.news.try_recv().is_ok() {
             break;

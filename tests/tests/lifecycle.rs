@@ -139,6 +139,12 @@ each_user! {
         m.until_status("paused");
         let tasks: Vec<_> = machinefs_tests::process::all_tasks().into_iter().filter(|task| task.pid == m.init()).collect();
         assert!(tasks.iter().all(|task| task.state != 'R'), "{tasks:?}");
+        // It cannot answer, and says so at once.
+        for script in ["ls $D/files/root", "cat $D/files/root/count", "echo x > $D/files/root/new", "echo true > $D/exec"] {
+            let refused = m.bash(script).fails();
+            assert!(refused.words().contains("busy"), "{script}: {refused:?}");
+        }
+        assert!(m.bash("echo true > $D/exec").code != 0 && m.read("errors").contains("echo resume > ctl"), "{}", m.read("errors"));
         m.ctl("resume").ok();
         m.until_status("running");
         let before = m.read("files/root/count");

@@ -108,8 +108,8 @@ each_user! {
         }
         assert_eq!(m.status(), "running");
         assert!(d.read("index").lines().any(|line| line.starts_with(&m.name) && line.contains("running")));
-        m.python("import json; facts = json.load(open(f'{D}/info.json')); assert facts['id'] and facts['backend'] == 'container'").ok();
-        d.python("import json; json.load(open('index.json'))").ok();
+        m.python("import json; facts = json.load(open(f'{D}/info.json')); assert facts['id'] and facts['backend'] == 'container' and facts['pid'] > 1 and facts['uptime'] >= 0").ok();
+        d.python("import json; assert all(m['uptime'] >= 0 for m in json.load(open('index.json')))").ok();
         assert!(m.read("health").starts_with("ok"));
     }
 }

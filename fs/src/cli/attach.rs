@@ -202,9 +202,10 @@ fn pass_input(job: &Job) -> bool {
         if input.write_all(&typed).is_err() {
             // The daemon is away for a moment, or the job has ended.
             std::thread::sleep(std::time::Duration::from_millis(300));
-            match job.input() {
-                Ok(mut again) if again.write_all(&typed).is_ok() => input = again,
-                _ => return false,
+            let Ok(again) = job.input() else { return false };
+            input = again;
+            if input.write_all(&typed).is_err() {
+                return false;
             }
         }
         if leaves {

@@ -142,14 +142,7 @@ impl Link {
         self.open(&Request::Connect { port }, Far::Port, port::INITIAL_CREDIT, CONNECT_DEADLINE, sink)
     }
 
-    fn open(
-        &self,
-        request: &Request<'_>,
-        far: Far,
-        window: u64,
-        deadline: Duration,
-        sink: Arc<dyn DuplexSink>,
-    ) -> Tag {
+    fn open(&self, request: &Request<'_>, far: Far, window: u64, deadline: Duration, sink: Arc<dyn DuplexSink>) -> Tag {
         let tag = self.next_tag();
         let duplex = Duplex { sink: sink.clone(), far, window, host_ended: false, agent_ended: false };
         self.shared.duplexes.lock().map.insert(tag, duplex);
@@ -226,9 +219,16 @@ impl Link {
 
 impl Shared {
     fn send_stream(&self, tag: Tag, data: &[u8]) -> Result<(), LinkError> {
-        let header =
-            Header { kind: Kind::Data, flags: 0, meta_len: 0, data_len: data.len() as u32, seq: 0, deadline_ms: 0, tag };
-        match self.send(&[Frame { header, meta: &[], data }], Class::Stream) {
+        let header = Header {
+            kind: Kind::Data,
+            flags: 0,
+            meta_len: 0,
+            data_len: data.len() as u32,
+            seq: 0,
+            deadline_ms: 0,
+            tag,
+        };
+        match self.send(&[Frame { header, meta: &[], data, secret: false }], Class::Stream) {
             Ok(()) => Ok(()),
             Err(SendError::Full) => Err(LinkError::Overloaded),
             Err(SendError::Broken(error)) => {

@@ -122,7 +122,11 @@ impl Out {
             return state.send_now(socket, frames);
         }
         let total: usize = frames.iter().map(Frame::len).sum();
-        let limit = if matches!(class, Class::Request | Class::Stream) { self.limit } else { self.limit.saturating_add(CONTROL_EXTRA) };
+        let limit = if matches!(class, Class::Request | Class::Stream) {
+            self.limit
+        } else {
+            self.limit.saturating_add(CONTROL_EXTRA)
+        };
         if state.queued.saturating_add(total) > limit {
             return Err(SendError::Full);
         }

@@ -55,6 +55,7 @@ pub(super) fn enter(
         run: Mutex::new(RunFacts::default()),
         run_number: AtomicU64::new(0),
         grace_ms: AtomicU64::new(10_000),
+        paused: Arc::new((state == State::Paused).into()),
         silence: Silence::default(),
         seeking: AtomicU64::new(0),
         jobs: Jobs::new(weak.clone(), jobs_dir),

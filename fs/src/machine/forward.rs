@@ -123,9 +123,10 @@ async fn up(
         }
         let room = usize::try_from(granted - sent).unwrap_or(usize::MAX).min(PIECE);
         let read = tokio::select! {
-            read = reader.read(buffer.get_mut(..room).unwrap_or_default()) => read.map_err(broken)?,
-            _ = allowed.wait_for(|upward| upward.ended.is_some()) => return over(allowed),
+            read = reader.read(buffer.get_mut(..room).unwrap_or_default()) => Some(read.map_err(broken)?),
+            _ = allowed.wait_for(|upward| upward.ended.is_some()) => None,
         };
+        let Some(read) = read else { return over(allowed) };
         if read == 0 {
             return link.send_end(tag);
         }

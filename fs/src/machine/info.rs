@@ -92,9 +92,10 @@ impl Machine {
     /// The same as one JSON object; a key that comes more than once is a list.
     pub fn info_json(&self) -> String {
         let mut object = Map::new();
+        let mut padding = 0;
         for (key, value) in self.facts() {
             let repeated = matches!(key.as_str(), "warning" | "address" | "pending" | "tag");
-            let value = Value::String(value);
+            let value = json_value(&key, value, &mut padding);
             if repeated {
                 if let Value::Array(list) = object.entry(key).or_insert_with(|| json!([])) {
                     list.push(value);
@@ -103,7 +104,7 @@ impl Machine {
                 object.insert(key, value);
             }
         }
-        format!("{}\n", Value::Object(object))
+        json_text(Value::Object(object), padding)
     }
 
     /// Its line of `index`, by column.
@@ -124,6 +125,19 @@ impl Machine {
     }
 }
 
+/// A fact as JSON has it. Numbers lose their leading zeros; how many is added to `padding`.
+fn json_value(key: &str, value: String, padding: &mut usize) -> Value {
+    let number = matches!(key, "uid" | "gid" | "owner" | "pid" | "uptime").then(|| value.parse::<u64>().ok()).flatten();
+    let Some(number) = number else { return Value::String(value) };
+    *padding += value.len().saturating_sub(number.to_string().len());
+    number.into()
+}
+
+/// The text of a JSON file, as long as if its numbers had their leading zeros.
+fn json_text(value: Value, padding: usize) -> String {
+    format!("{value}{:padding$}\n", "")
+}
+
 const COLUMNS: [&str; 9] = ["name", "state", "backend", "isolation", "image", "cpus", "memory", "uptime", "owner"];
 
 impl Registry {
@@ -137,14 +151,13 @@ impl Registry {
 
     /// The same as a JSON list of objects.
     pub fn index_json(&self) -> String {
-        let rows: Vec<Value> = self
-            .list()
-            .iter()
-            .map(|machine| {
-                let row = COLUMNS.iter().map(|column| column.to_string()).zip(machine.index_row().map(Value::String));
-                Value::Object(row.collect())
-            })
-            .collect();
-        format!("{}\n", Value::Array(rows))
+        let mut padding = 0;
+        let mut rows: Vec<Value> = Vec::new();
+        for machine in self.list() {
+            let row = COLUMNS.into_iter().zip(machine.index_row());
+            let row = row.map(|(column, value)| (column.to_string(), json_value(column, value, &mut padding)));
+            rows.push(Value::Object(row.collect()));
+        }
+        json_text(Value::Array(rows), padding)
     }
 }

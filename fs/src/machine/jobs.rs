@@ -7,6 +7,7 @@ mod table;
 use super::Machine;
 use super::error::MachineError;
 use super::job::{Job, Phase, Script};
+use super::state::State;
 use super::store::{self, JobRow, LogKind};
 use crate::errno::Errno;
 use crate::link::{Link, LinkError, RequestOptions};
@@ -81,7 +82,8 @@ impl Jobs {
     /// [`Machine::settled`] has said that the number is written down, so that no other job ever gets it.
     ///
     /// # Errors
-    /// EHOSTDOWN when the machine is stopped, failed or lost; EMFILE when too many are unfinished; EACCES; ENOSPC.
+    /// EHOSTDOWN when the machine is stopped, failed or lost; EBUSY when it is paused; EMFILE when too many are
+    /// unfinished; EACCES; ENOSPC.
     pub fn begin(&self, caller: Caller) -> Result<Arc<Job>, MachineError> {
         self.begin_as(caller, None)
     }
@@ -97,6 +99,9 @@ impl Jobs {
         machine.wake();
         if !machine.accepts_jobs() {
             return Err(machine.down_error());
+        }
+        if machine.state() == State::Paused {
+            return Err(MachineError::busy("the machine is paused: echo resume > ctl"));
         }
         machine.shared.check_space()?;
         let mut table = self.table.lock();

@@ -7,8 +7,8 @@ mod enter;
 pub mod error;
 pub mod events;
 pub mod forward;
-pub mod input;
 mod info;
+pub mod input;
 pub mod job;
 pub mod jobs;
 mod keys;
@@ -21,8 +21,8 @@ pub mod root_verbs;
 mod runner;
 mod secrets;
 mod settings;
-mod silence;
 pub mod setup;
+mod silence;
 pub mod state;
 mod store;
 pub mod templates;
@@ -52,7 +52,7 @@ use state::{Action, Event, State, Step};
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, SystemTime};
 use store::LogKind;
 use textlog::TextLog;
@@ -125,6 +125,8 @@ pub struct Machine {
     run_number: AtomicU64,
     /// How long a stop waits before it kills, in milliseconds.
     grace_ms: AtomicU64,
+    /// Whether it is paused, for its files.
+    paused: Arc<AtomicBool>,
     silence: Silence,
     /// The run whose agent is being sought, 0 for none.
     seeking: AtomicU64,
@@ -315,6 +317,7 @@ impl Machine {
                 self.used();
             }
             life.state = next;
+            self.paused.store(next == State::Paused, Ordering::Release);
             life.changed = SystemTime::now();
             life.why = why.to_string();
             if life.idle != rests {

@@ -252,6 +252,7 @@ fn guest_files(machine: &Arc<Machine>, link: &Arc<Link>, info: &GuestInfo) -> (A
         map_owner: swap,
         root_ino: crate::tree::node::files_ino(machine.slot),
         cache: machine.shared.cache(),
+        paused: machine.paused.clone(),
     };
     (Arc::new(GuestFiles::new(link.clone(), view)), epoch)
 }

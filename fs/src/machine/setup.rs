@@ -170,7 +170,8 @@ fn variables(value: &[u8]) -> Result<Vec<Vec<u8>>, MachineError> {
     let lines = value.split(|byte| *byte == separator).filter(|line| !line.is_empty());
     let variables: Vec<Vec<u8>> = lines.map(<[u8]>::to_vec).collect();
     for variable in &variables {
-        if !variable.iter().position(|byte| *byte == b'=').is_some_and(|at| at > 0) {
+        let named = variable.iter().position(|byte| *byte == b'=').is_some_and(|at| at > 0);
+        if !named {
             let shown = String::from_utf8_lossy(variable.get(..50).unwrap_or(variable)).into_owned();
             return Err(MachineError::invalid(format!("\"{shown}\" is not NAME=value")));
         }

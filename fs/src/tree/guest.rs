@@ -31,7 +31,7 @@ use places::Nodes;
 use request::Asking;
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
-use std::sync::atomic::AtomicU64;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 /// Longest name, in bytes.
@@ -70,6 +70,8 @@ pub struct GuestView {
     pub root_ino: u64,
     /// What the host's kernel remembers of guests.
     pub cache: Arc<HostCache>,
+    /// Whether the machine is paused, and so cannot answer: EBUSY at once.
+    pub paused: Arc<AtomicBool>,
 }
 
 /// The files of one guest in one boot. Its root directory is [`GuestFiles::root`].
@@ -128,6 +130,9 @@ impl GuestFiles {
 
 impl Files for GuestFiles {
     fn dispatch(&self, caller: Caller, op: Op<'_>, responder: Responder) {
+        if self.guest.view.paused.load(Ordering::Acquire) && !leaves(&op) {
+            return responder.respond(Err(Errno::EBUSY));
+        }
         let asking = Asking { guest: &self.guest, caller, responder };
         if let Err((errno, responder)) = dispatch(asking, op) {
             responder.respond(Err(errno));
@@ -141,6 +146,15 @@ impl Files for GuestFiles {
             self.guest.nodes.lock().forget(node, count);
             self.guest.link.notice(&Notice::Forget(vec![(node, count)]));
         }
+    }
+}
+
+/// Whether it gives back what somebody holds, which also has to reach an agent that only answers later.
+fn leaves(op: &Op<'_>) -> bool {
+    match op {
+        Op::Flush { .. } | Op::Release { .. } | Op::ReleaseDir { .. } => true,
+        Op::SetLock { lock, .. } => lock.kind == libc::F_UNLCK as u32,
+        _ => false,
     }
 }
 

@@ -20,6 +20,7 @@ pub fn view(slot: u32) -> GuestView {
         map_owner: true,
         root_ino: 4711,
         cache: Arc::new(HostCache::default()),
+        paused: Arc::default(),
     }
 }
 
