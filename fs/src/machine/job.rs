@@ -1,11 +1,14 @@
 //! One job: a command, its output and its end.
 
 mod end;
+mod prepare;
 mod text;
 
 use super::error::MachineError;
 use super::events::stamp;
+use super::input::Input;
 use super::output::{Output, OutputReader, expected_sizes, new_log, open_log, sizes, which};
+use super::setup::Setup;
 use super::store::JobRow;
 use super::watch::Watch;
 use end::{format_end, parse_end, reason_text};
@@ -62,6 +65,11 @@ struct Inner {
     stored: bool,
     /// The agent knows it, or may.
     at_agent: bool,
+    setup: Setup,
+    /// Somebody writes the script of a job that is being set up.
+    claimed: bool,
+    /// Its text is complete.
+    submitted: bool,
 }
 
 /// A job.
@@ -72,6 +80,7 @@ pub struct Job {
     created: SystemTime,
     dir: PathBuf,
     inner: Mutex<Inner>,
+    input: Arc<Input>,
     watch: Watch,
 }
 
@@ -102,9 +111,13 @@ impl Job {
             storage_failure: None,
             stored: false,
             at_agent: false,
+            setup: Setup::default(),
+            claimed: false,
+            submitted: false,
         };
         let (dir, watch) = (dir.to_path_buf(), Watch::new());
-        Job { number, name: None, uid, created: SystemTime::now(), dir, inner: Mutex::new(inner), watch }
+        let (created, inner, input) = (SystemTime::now(), Mutex::new(inner), Arc::default());
+        Job { number, name: None, uid, created, dir, inner, input, watch }
     }
 
     /// The same with a name of its own.
@@ -119,14 +132,19 @@ impl Job {
             let mut inner = job.inner.lock();
             inner.phase = Phase::Queued;
             inner.at_agent = true;
+            inner.submitted = true;
             inner.command = Command::whole(b"# found running in the machine; its text is not known\n".to_vec());
         }
-        Job { created: from_millis(started_ms), ..job }
+        // Whether it has an input is not known: if so, it can be written to.
+        Job { created: from_millis(started_ms), input: Arc::new(Input::of_running(true)), ..job }
     }
 
     /// A job as it was written down.
     pub(super) fn load(row: JobRow, dir: &Path, limit: u64) -> Job {
         let job = Job::new(row.number, row.uid, dir, limit).named(row.name.as_deref());
+        let setup = Setup::from_row(&row.setup);
+        // One that is still being set up is opened anew.
+        let input = if setup.open { Input::default() } else { Input::of_running(setup.input) };
         {
             let mut inner = job.inner.lock();
             inner.started_ms = row.started_ms.map(|millis| millis as u64);
@@ -141,17 +159,20 @@ impl Job {
             };
             inner.phase = match (&row.end, row.ended_ms) {
                 (Some(end), Some(ended)) => parse_end(end, ended as u64, row.cpu_micros as u64, row.max_rss_kib as u64),
+                _ if setup.open => Phase::Writing,
                 _ => Phase::Queued,
             };
-            inner.stored = inner.phase != Phase::Queued;
-            inner.at_agent = !inner.stored;
+            inner.submitted = !setup.open;
+            inner.setup = setup;
+            inner.stored = matches!(inner.phase, Phase::Ended(_) | Phase::Lost(_));
+            inner.at_agent = inner.phase == Phase::Queued;
             if inner.stored {
                 let sizes = open_log(dir, row.number).and_then(|log| sizes(&log).map_err(io::Error::from));
                 inner.log = Log::Saved;
                 inner.sizes = sizes.unwrap_or([0; 3]);
             }
         }
-        Job { created: from_millis(row.created_ms as u64), ..job }
+        Job { created: from_millis(row.created_ms as u64), input: Arc::new(input), ..job }
     }
 
     /// Its number within the machine.
@@ -295,6 +316,7 @@ impl Job {
         }
         history(&self.history_line_of(&phase));
         self.inner.lock().phase = phase;
+        self.input.job_ended();
         self.watch.notify();
         true
     }
@@ -347,7 +369,8 @@ impl Job {
     pub fn status_text(&self) -> String {
         let inner = self.inner.lock();
         let (state, reason) = match &inner.phase {
-            Phase::Writing => ("writing", String::from("-")),
+            Phase::Writing if inner.setup.open => ("setup", String::from("-")),
+            Phase::Writing => ("writing", "-".into()),
             Phase::Queued => ("queued", "-".into()),
             Phase::Starting => ("starting", "-".into()),
             Phase::Running | Phase::Draining(_) => ("running", "-".into()),
@@ -464,6 +487,7 @@ impl Job {
             max_rss_kib: 0,
             command: inner.command.head.clone(),
             name: self.name.clone(),
+            setup: inner.setup.to_row(),
         };
         match phase {
             Phase::Ended(end) => {

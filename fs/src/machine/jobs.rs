@@ -1,5 +1,6 @@
 //! The jobs of a machine: given to the agent when it is there, kept when they have ended.
 
+mod command;
 mod keep;
 mod start;
 mod table;
@@ -12,12 +13,13 @@ use super::store::{self, JobRow, LogKind};
 use crate::errno::Errno;
 use crate::link::{Link, LinkError, RequestOptions};
 use crate::tree::ops::Caller;
+pub use command::JOB_VERBS;
 use keep::keep;
 use machinefs_protocol::frame::decode_meta;
 use machinefs_protocol::job::{ExitReason, JobEnd, JobInfo};
 use machinefs_protocol::message::Request;
 use parking_lot::Mutex;
-use start::{Long, attach, forget, keep_and_start, start};
+use start::{Long, attach, feed, forget, keep_and_start, start};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 use std::sync::{Arc, Weak};
@@ -85,7 +87,7 @@ impl Jobs {
     /// EHOSTDOWN when the machine is stopped, failed or lost; EBUSY when it is paused; EMFILE when too many are
     /// unfinished; EACCES; ENOSPC.
     pub fn begin(&self, caller: Caller) -> Result<Arc<Job>, MachineError> {
-        self.begin_as(caller, None)
+        self.begin_with(caller, |job| job)
     }
 
     /// As [`Jobs::begin`], with a name: an older job of that name is known by its number from now on.
@@ -93,6 +95,10 @@ impl Jobs {
     /// # Errors
     /// As [`Jobs::begin`].
     pub(super) fn begin_as(&self, caller: Caller, name: Option<&str>) -> Result<Arc<Job>, MachineError> {
+        self.begin_with(caller, |job| job.named(name))
+    }
+
+    fn begin_with(&self, caller: Caller, with: impl FnOnce(Job) -> Job) -> Result<Arc<Job>, MachineError> {
         let machine = self.machine()?;
         machine.check_owner(caller)?;
         machine.used();
@@ -115,16 +121,60 @@ impl Jobs {
         table.next += 1;
         table.unfinished += 1;
         table.changed = SystemTime::now();
-        let job = Arc::new(Job::new(number, caller.uid, &self.dir, machine.output_limit()).named(name));
+        let job = Arc::new(with(Job::new(number, caller.uid, &self.dir, machine.output_limit())));
         table.insert(job.clone());
         machine.shared.store.set_counter(&store::jobs_counter(machine.slot), number as i64);
         Ok(job)
+    }
+
+    /// A job that is set up and started by hand, in a directory of that name. As with [`Jobs::begin`], it is to be told
+    /// to nobody before it is written down.
+    ///
+    /// # Errors
+    /// EINVAL for a name that it cannot have, EEXIST, and those of [`Jobs::begin`].
+    pub fn prepare(&self, caller: Caller, name: &[u8]) -> Result<Arc<Job>, MachineError> {
+        let name = valid_name(name)?;
+        let machine = self.machine()?;
+        machine.check_owner(caller)?;
+        if self.find(name.as_bytes()).is_some() {
+            return Err(MachineError::exists(format!("there is a job {name}")));
+        }
+        let job = self.begin_with(caller, |job| job.named(Some(name)).with_setup())?;
+        self.put(&machine, &job);
+        Ok(job)
+    }
+
+    /// Sets the program of a job that is being set up, and starts it.
+    ///
+    /// # Errors
+    /// As [`Jobs::check_argv`].
+    pub fn run_argv(&self, job: &Arc<Job>, value: &[u8]) -> Result<(), MachineError> {
+        self.check_argv(job, value)?;
+        let line = job.set_argv(value)?;
+        // What goes wrong from here on shows in the job.
+        self.submit(job, Script::Text(line), |_| {});
+        Ok(())
+    }
+
+    /// Whether these arguments may be those of a job that is being set up.
+    ///
+    /// # Errors
+    /// EBUSY when it has started, EINVAL, EPERM for a program that `allow_commands` does not list, EHOSTDOWN.
+    pub fn check_argv(&self, job: &Arc<Job>, value: &[u8]) -> Result<(), MachineError> {
+        let machine = self.machine()?;
+        if !machine.accepts_jobs() {
+            return Err(machine.down_error());
+        }
+        machine.allowed().check(&job.check_argv(value)?)
     }
 
     /// The text is complete: run it, at once or when the machine is up, but not before it is written down. `done` is
     /// called when it is, or when it cannot be, on another thread.
     pub fn submit(&self, job: &Arc<Job>, script: Script, done: impl FnOnce(Result<(), MachineError>) + Send + 'static) {
         let Ok(machine) = self.machine() else { return done(Err(MachineError::down("the machine is gone"))) };
+        if let Err(error) = job.close_setup() {
+            return done(Err(error));
+        }
         let job = job.clone();
         if !script.is_to_be_filed() {
             return keep_and_start(&machine, &job, script, done);
@@ -151,17 +201,20 @@ impl Jobs {
     }
 
     fn end_unstarted(&self, machine: &Arc<Machine>, job: &Arc<Job>, errno: Errno) {
-        let reason = ExitReason::NotStarted(errno.0);
+        self.end_without_output(machine, job, ExitReason::NotStarted(errno.0));
+    }
+
+    fn end_without_output(&self, machine: &Arc<Machine>, job: &Arc<Job>, reason: ExitReason) {
         let end = JobEnd { reason, log_end: 0, cpu_micros: 0, max_rss_kib: 0, ended_ms: now_ms() };
         self.finish(machine, job, Phase::Ended(end));
     }
 
-    /// The newest that a user gave; where there is none, the main process.
+    /// The newest that a user gave, those that are being set up not counted; where there is none, the main process.
     pub fn newest(&self) -> Option<Arc<Job>> {
         let table = self.table.lock();
         let mut newest_first = table.jobs.values().rev();
-        let given = newest_first.find(|job| job.name() != Some(MAIN));
-        given.or_else(|| table.jobs.values().next_back()).cloned()
+        let given = newest_first.find(|job| job.name() != Some(MAIN) && !job.is_being_set_up());
+        given.or_else(|| table.names.get(MAIN).and_then(|number| table.jobs.get(number))).cloned()
     }
 
     /// The job of that name or number; what has a name is not found by its number.
@@ -193,11 +246,12 @@ impl Jobs {
         self.table.lock().jobs.keys().copied().collect()
     }
 
-    /// How many have not ended, those of a name not counted.
+    /// How many run or wait to, those of a name not counted.
     pub(super) fn unfinished_besides(&self, name: &str) -> usize {
         let table = self.table.lock();
         let named = table.names.get(name).and_then(|number| table.jobs.get(number)).is_some_and(|job| !job.is_done());
-        table.unfinished.saturating_sub(usize::from(named))
+        let in_setup = table.jobs.values().filter(|job| job.is_being_set_up()).count();
+        table.unfinished.saturating_sub(usize::from(named) + in_setup)
     }
 
     /// How many have not ended.
@@ -329,6 +383,7 @@ impl Jobs {
                     job.set_at_agent(true);
                     job.set_started(info.pid, info.started_ms);
                     attach(machine, link, &job);
+                    feed(machine, link, &job);
                     if let Some(end) = info.end {
                         self.ended(machine, info.job, end);
                     }
@@ -441,6 +496,20 @@ impl Jobs {
             machine.shared.runtime.clone().spawn(async move { keep(&machine, &job).await });
         }
     }
+}
+
+/// A name that a job may have: as a machine's, with `.` and `_`; a number alone is one that was given to a script.
+fn valid_name(name: &[u8]) -> Result<&str, MachineError> {
+    let valid = |name: &&str| {
+        name.len() <= 63
+            && name.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"-_.".contains(&byte))
+            && name.starts_with(|first: char| first.is_ascii_alphanumeric())
+            && !name.bytes().all(|byte| byte.is_ascii_digit())
+            && *name != MAIN
+    };
+    std::str::from_utf8(name).ok().filter(valid).ok_or_else(|| {
+        MachineError::invalid("a job's name is letters, digits, - _ and ., not a number alone, and not main")
+    })
 }
 
 fn now_ms() -> u64 {

@@ -22,6 +22,7 @@ mod runner;
 mod secrets;
 mod settings;
 pub mod setup;
+mod signals;
 mod silence;
 pub mod state;
 mod store;

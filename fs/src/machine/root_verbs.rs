@@ -40,14 +40,6 @@ impl Registry {
     /// A line of the root's `ctl`, split into words. `done` may be called before this returns.
     pub fn ctl(&self, caller: Caller, words: &[String], done: Done<()>) {
         let Some((verb, args)) = words.split_first() else { return done(Ok(())) };
-        let Some(usage) = VERBS.iter().find(|known| known.name == verb) else {
-            let names: Vec<&str> = VERBS.iter().map(|verb| verb.name).collect();
-            return done(Err(MachineError::invalid(format!(
-                "unknown control message \"{}\": the verbs are {}",
-                words.join(" "),
-                names.join(" ")
-            ))));
-        };
         let args: Vec<&str> = args.iter().map(String::as_str).collect();
         match (verb.as_str(), args.as_slice()) {
             ("create", [name, ..]) => match parse_pairs(&words[2..]) {
@@ -72,7 +64,7 @@ impl Registry {
                 done(Ok(()));
             }
             ("shutdown", []) => done(Err(MachineError::denied("only who runs the daemon may shut it down"))),
-            _ => done(Err(MachineError::invalid(format!("wrong words after {verb}: usage: {}", usage.usage)))),
+            _ => done(Err(super::verbs::wrong(VERBS, words))),
         }
     }
 

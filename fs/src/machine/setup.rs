@@ -104,6 +104,21 @@ impl Setup {
         }
     }
 
+    /// As it is written down: nothing where nothing was said.
+    pub(super) fn to_row(&self) -> Vec<u8> {
+        if *self == Setup::default() { Vec::new() } else { postcard::to_stdvec(self).unwrap_or_default() }
+    }
+
+    /// What was written down.
+    pub(super) fn from_row(row: &[u8]) -> Setup {
+        if row.is_empty() { Setup::default() } else { postcard::from_bytes(row).unwrap_or_default() }
+    }
+
+    /// Whether variables were set for it alone.
+    pub fn has_environment(&self) -> bool {
+        !self.env.is_empty()
+    }
+
     /// Whether it has a terminal.
     pub fn has_terminal(&self) -> bool {
         self.tty.is_some()

@@ -27,6 +27,19 @@ pub const VERBS: &[Verb] = &[
     },
 ];
 
+/// The error for a line that is none of these verbs, or has wrong words after one.
+pub(super) fn wrong(verbs: &[Verb], words: &[String]) -> MachineError {
+    let verb = words.first().map(String::as_str).unwrap_or_default();
+    match verbs.iter().find(|known| known.name == verb) {
+        Some(known) => MachineError::invalid(format!("wrong words after {verb}: usage: {}", known.usage)),
+        None => {
+            let names: Vec<&str> = verbs.iter().map(|verb| verb.name).collect();
+            let line = words.join(" ");
+            MachineError::invalid(format!("unknown control message \"{line}\": the verbs are {}", names.join(" ")))
+        }
+    }
+}
+
 impl Machine {
     /// A line of `ctl`, already split into words. Success means accepted.
     ///
@@ -35,15 +48,6 @@ impl Machine {
     pub fn ctl(self: &Arc<Self>, caller: Caller, words: &[String]) -> Result<(), MachineError> {
         self.check_owner(caller)?;
         let Some((verb, args)) = words.split_first() else { return Ok(()) };
-        let usage = VERBS.iter().find(|known| known.name == verb);
-        let Some(usage) = usage else {
-            let names: Vec<&str> = VERBS.iter().map(|verb| verb.name).collect();
-            return Err(MachineError::invalid(format!(
-                "unknown control message \"{}\": the verbs are {}",
-                words.join(" "),
-                names.join(" ")
-            )));
-        };
         let event = match (verb.as_str(), args) {
             ("start", []) => Event::Start,
             ("stop", []) => Event::Stop,
@@ -63,7 +67,7 @@ impl Machine {
             ("resume", []) => Event::Resume,
             ("destroy", []) => return self.destroy(caller),
             ("set", [_, ..]) => return self.set_many(args),
-            _ => return Err(MachineError::invalid(format!("wrong words after {verb}: usage: {}", usage.usage))),
+            _ => return Err(wrong(VERBS, words)),
         };
         self.fire(event).map_err(|help| state::refusal(verb, self.state(), help))?;
         // Who stops a machine that rests wants it stopped: nothing wakes it then but a start.

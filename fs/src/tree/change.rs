@@ -24,6 +24,19 @@ pub fn mkdir(map: &Arc<Map>, caller: Caller, parent: &Place, name: &[u8], respon
             Err(error) => responder.respond(Err(error.errno())),
         };
     }
+    if let Place::Machine(machine, Kind::Jobs) = parent {
+        return match machine.jobs().prepare(caller, name) {
+            Ok(job) => {
+                let place = Place::Job(machine.clone(), job, Kind::Job);
+                answer_when_settled(map, responder, Answer::Entry(map.entry(&place)));
+            }
+            Err(error) => {
+                let shown = String::from_utf8_lossy(name).into_owned();
+                machine.record_error("mkdir", error.errno(), &error.to_string(), &format!("jobs/{shown}"));
+                responder.respond(Err(error.errno()));
+            }
+        };
+    }
     if parent.kind() != Kind::Root {
         return responder.respond(Err(Errno::EPERM));
     }

@@ -1,5 +1,6 @@
 //! What is in a control file, whatever directory it is in.
 
+use super::job_ctl;
 use super::logs::LogRef;
 use super::stream::exit_text;
 use super::value::Setting;
@@ -9,14 +10,21 @@ use crate::machine::job::Job;
 use crate::machine::output::Output;
 use std::sync::Arc;
 
+/// What stat shows of a job's input, which nobody can read.
+const INPUT_SIZE: u64 = 1 << 62;
+
 /// Content of a control file.
 pub enum Content {
     /// A text, as it is now.
     Text(Vec<u8>),
     /// A log, which ends where it ends now.
     Log(LogRef),
-    /// The text of a job.
-    Command(Arc<Job>),
+    /// The text of a job; written, it starts the job.
+    Command(Arc<Machine>, Arc<Job>),
+    /// What a job reads.
+    Input(Arc<Machine>, Arc<Job>),
+    /// Commands for a job.
+    JobCtl(Arc<Machine>, Arc<Job>),
     /// What a job prints; blocks while it runs.
     Output(Arc<Job>, Output),
     /// A job's exit code; blocks while it runs.
@@ -46,7 +54,10 @@ impl Content {
         match self {
             Content::Text(text) | Content::RootCtl(text) | Content::Ctl(_, text) => text.len() as u64,
             Content::Log(log) => log.log().len(),
-            Content::Command(job) => job.command_len(),
+            Content::Command(_, job) => job.command_len(),
+            // The kernel lets several write at once, and so nobody wait for another, only within the size.
+            Content::Input(..) => INPUT_SIZE,
+            Content::JobCtl(..) => job_ctl::usage().len() as u64,
             Content::Output(job, which) => {
                 // Asked in this order: the length of a job that has ended is final.
                 let done = job.is_done();

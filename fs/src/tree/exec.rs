@@ -25,10 +25,21 @@ const TEXT_IN_MEMORY: usize = 64 * 1024;
 /// How much of a script is quoted in `errors`, in bytes.
 const QUOTED: usize = 200;
 
-/// An open `exec`.
+/// What job a text is for.
+pub enum Target {
+    /// A new one.
+    New {
+        /// Opened for reading and writing: what is read is the output of these jobs.
+        private: bool,
+    },
+    /// One that is being set up.
+    Job(Arc<Job>),
+}
+
+/// An open `exec`, or `cmd` of a job that is being set up.
 pub struct ExecFile {
     machine: Arc<Machine>,
-    private: bool,
+    target: Target,
     writing: Mutex<Writing>,
     reason: Reason,
     /// Never locked while a job is begun or submitted: that wakes readers, who lock it.
@@ -90,11 +101,11 @@ enum Part {
 }
 
 impl ExecFile {
-    /// `private`: opened for reading and writing.
-    pub fn new(machine: Arc<Machine>, private: bool, text: Text) -> ExecFile {
+    /// Opens it.
+    pub fn new(machine: Arc<Machine>, target: Target, text: Text) -> ExecFile {
         ExecFile {
             machine,
-            private,
+            target,
             writing: Mutex::new(Writing { text, job: None, filed: None }),
             reason: Reason::default(),
             reading: Mutex::default(),
@@ -138,11 +149,13 @@ impl ExecFile {
         if data.is_empty() {
             return Ok(TakenIn { begins: false, filed: None });
         }
-        let begins = writing.job.is_none();
-        if begins {
-            let begun = self.machine.check_owner(caller).and_then(|()| self.check_unread());
-            match begun.and_then(|()| self.machine.jobs().begin(caller)) {
-                Ok(job) => writing.job = Some(job),
+        let mut begins = false;
+        if writing.job.is_none() {
+            match self.machine.check_owner(caller).and_then(|()| self.begin(caller)) {
+                Ok(job) => {
+                    begins = matches!(self.target, Target::New { .. });
+                    writing.job = Some(job);
+                }
                 Err(error) => return Err(self.refuse(&mut writing, owner, error.errno(), &error.to_string(), data)),
             }
         }
@@ -171,11 +184,27 @@ impl ExecFile {
         Ok(TakenIn { begins, filed })
     }
 
-    fn check_unread(&self) -> Result<(), MachineError> {
-        if self.private && self.reading.lock().next.len() >= MAX_UNREAD {
-            return Err(MachineError::limit(format!("the output of {MAX_UNREAD} jobs is unread on this open file")));
+    /// The job that a text is for.
+    fn begin(&self, caller: Caller) -> Result<Arc<Job>, MachineError> {
+        match &self.target {
+            Target::New { private } => {
+                if *private && self.reading.lock().next.len() >= MAX_UNREAD {
+                    let what = format!("the output of {MAX_UNREAD} jobs is unread on this open file");
+                    return Err(MachineError::limit(what));
+                }
+                self.machine.jobs().begin(caller)
+            }
+            Target::Job(job) => job.claim().map(|()| job.clone()),
         }
-        Ok(())
+    }
+
+    /// Its text is not run.
+    fn give_up(&self, job: &Arc<Job>, errno: Errno, message: &str) {
+        match self.target {
+            Target::New { .. } => self.machine.jobs().abandon(job, errno, message),
+            // It can be written again.
+            Target::Job(_) => job.unclaim(),
+        }
     }
 
     fn refuse(&self, writing: &mut Writing, owner: Owner, errno: Errno, message: &str, data: &[u8]) -> Errno {
@@ -183,7 +212,7 @@ impl ExecFile {
         let known = [filed.as_slice(), writing.text.bytes(), data].into_iter().find(|bytes| !bytes.is_empty());
         let command = String::from_utf8_lossy(slice(known.unwrap_or_default(), 0, QUOTED)).trim_end().to_string();
         if let Some(job) = writing.job.take() {
-            self.machine.jobs().abandon(&job, errno, message);
+            self.give_up(&job, errno, message);
         }
         writing.text.refuse(owner, errno);
         self.reason.set(message);
@@ -222,7 +251,7 @@ impl ExecFile {
 
     fn complete(&self, writing: &mut Writing, text: Vec<u8>) -> Option<Complete> {
         let job = writing.job.take()?;
-        if self.private {
+        if matches!(self.target, Target::New { private: true }) {
             self.reading.lock().next.push_back(job.clone());
         }
         let filed = writing.filed.take();
@@ -247,14 +276,14 @@ impl ExecFile {
         let Some(script) = filed else {
             return self.machine.jobs().submit(&job, Script::Text(text), done);
         };
-        let machine = self.machine.clone();
+        let file = self.clone();
         self.machine.on_disk(move || {
             let (start, len) = script.described();
             match script.write_out() {
-                Ok(()) => machine.jobs().submit(&job, Script::File { start, len }, done),
+                Ok(()) => file.machine.jobs().submit(&job, Script::File { start, len }, done),
                 Err(error) => {
                     let error = not_kept(&error);
-                    machine.jobs().abandon(&job, error.errno(), &error.to_string());
+                    file.give_up(&job, error.errno(), &error.to_string());
                     done(Err(error));
                 }
             }

@@ -2,8 +2,11 @@
 
 use super::content::Content;
 use super::node::{Control, Kind, MAX_SUB};
+use super::value::Setting;
+use crate::machine::Machine;
 use crate::machine::job::Job;
 use crate::machine::output::Output;
+use crate::machine::setup::Field;
 use std::sync::Arc;
 use std::time::SystemTime;
 
@@ -20,10 +23,19 @@ pub fn parse_number(name: &[u8]) -> Option<u64> {
 }
 
 /// What is in a file of a job, and when that last changed.
-pub fn content(job: &Arc<Job>, kind: Kind) -> Option<(Content, SystemTime)> {
+pub fn content(machine: &Arc<Machine>, job: &Arc<Job>, kind: Kind) -> Option<(Content, SystemTime)> {
     let output = |which| (Content::Output(job.clone(), which), job.modified());
+    let value = |field| (Content::Value(Setting::Job(machine.clone(), job.clone(), field)), job.modified());
     Some(match kind {
-        Kind::JobCmd => (Content::Command(job.clone()), job.created()),
+        Kind::JobCmd => (Content::Command(machine.clone(), job.clone()), job.created()),
+        Kind::JobArgv => (Content::Value(Setting::Argv(machine.clone(), job.clone())), job.modified()),
+        Kind::JobCwd => value(Field::Cwd),
+        Kind::JobEnv => value(Field::Env),
+        Kind::JobUser => value(Field::User),
+        Kind::JobTimeout => value(Field::Timeout),
+        Kind::JobTty => value(Field::Tty),
+        Kind::JobStdin => (Content::Input(machine.clone(), job.clone()), job.modified()),
+        Kind::JobCtl => (Content::JobCtl(machine.clone(), job.clone()), job.created()),
         Kind::JobOut => output(Output::All),
         Kind::JobStdout => output(Output::Stdout),
         Kind::JobStderr => output(Output::Stderr),

@@ -16,6 +16,8 @@ pub mod guest;
 mod guests;
 mod health;
 mod idle;
+mod job_ctl;
+mod job_input;
 mod jobs;
 mod logs;
 mod machine;
@@ -42,9 +44,10 @@ use crate::machine::registry::Registry;
 use content::Content;
 use ctl::CtlFile;
 use deadlines::Deadlines;
-use exec::ExecFile;
+use exec::{ExecFile, Target};
 use guests::{Guests, Root, hand_over, is_guest, nodes};
 use health::Question;
+use job_input::InputFile;
 use node::{Control, Kind};
 use open::{Body, OpenTable, opened};
 use ops::{Answer, Caller, DirEntry, Files, NodeId, Op, Ready, Responder, SetAttr, StatFs};
@@ -213,9 +216,9 @@ impl Tree {
                     Err(errno) => responder.respond(Err(errno)),
                 };
             }
-            Op::Write { handle, data, owner, .. } => {
+            Op::Write { handle, data, flags, owner, .. } => {
                 return match self.table.get(node, handle) {
-                    Ok(file) => file.write(caller, data, owner, responder),
+                    Ok(file) => file.write(caller, data, flags, owner, responder),
                     Err(errno) => responder.respond(Err(errno)),
                 };
             }
@@ -359,12 +362,25 @@ impl Tree {
             }
             (Content::Ctl(machine, usage), true) => (Body::Ctl(CtlFile::new(Box::new(machine), usage)), false),
             // A stream: a reader that waits must not hold the file position, which a writer would wait for in D.
-            (Content::Exec(machine), true) => (Body::Exec(Arc::new(ExecFile::new(machine, reads, seat.text()))), reads),
+            (Content::Exec(machine), true) => {
+                (Body::Exec(Arc::new(ExecFile::new(machine, Target::New { private: reads }, seat.text()))), reads)
+            }
+            (Content::Command(machine, job), true) => {
+                (Body::Exec(Arc::new(ExecFile::new(machine, Target::Job(job), seat.text()))), reads)
+            }
+            // A stream, so that the position is locked for nobody while a write waits.
+            (Content::Input(machine, job), _) => (Body::Input(InputFile::open(machine, &job, caller)?), true),
+            (Content::JobCtl(machine, job), true) => {
+                let commands = job_ctl::JobCommands { machine, job };
+                (Body::Ctl(CtlFile::new(Box::new(commands), job_ctl::usage().into_bytes())), false)
+            }
             (Content::Value(setting), true) => (Body::Value(ValueFile::new(setting, seat.text())), false),
             (content, _) => open::reading(content).ok_or(Errno::EIO)?,
         };
+        let parallel_direct_writes = matches!(body, Body::Input(_));
         let handle = self.table.insert(node, body, seat);
-        Ok(Opening::Done(Answer::Opened(opened(handle, stream, writes))))
+        let opened = ops::Opened { parallel_direct_writes, ..opened(handle, stream, writes) };
+        Ok(Opening::Done(Answer::Opened(opened)))
     }
 
     /// Makes a file and opens it; one that somebody else has made meanwhile is opened, unless `flags` ask for a new one.

@@ -163,6 +163,22 @@ kinds! {
     JobExit = 132,
     /// `NAME/jobs/N/status`
     JobStatus = 133,
+    /// `NAME/jobs/N/ctl`
+    JobCtl = 134,
+    /// `NAME/jobs/N/argv`
+    JobArgv = 135,
+    /// `NAME/jobs/N/cwd`
+    JobCwd = 136,
+    /// `NAME/jobs/N/env`
+    JobEnv = 137,
+    /// `NAME/jobs/N/user`
+    JobUser = 138,
+    /// `NAME/jobs/N/timeout`
+    JobTimeout = 139,
+    /// `NAME/jobs/N/tty`
+    JobTty = 140,
+    /// `NAME/jobs/N/stdin`
+    JobStdin = 141,
 }
 
 impl Kind {
@@ -286,7 +302,7 @@ mod tests {
         // Inode numbers outlive a version of the daemon: a change here breaks them.
         let numbers: Vec<u8> = Kind::ALL.iter().map(|kind| *kind as u8).collect();
         let expected: Vec<u8> =
-            (0..8).chain(16..25).chain(32..42).chain(64..83).chain(96..103).chain(128..134).collect();
+            (0..8).chain(16..25).chain(32..42).chain(64..83).chain(96..103).chain(128..142).collect();
         assert_eq!(numbers, expected);
     }
 

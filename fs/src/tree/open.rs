@@ -4,6 +4,8 @@ use super::content::Content;
 use super::ctl::CtlFile;
 use super::exec::ExecFile;
 use super::guest::GuestFiles;
+use super::job_ctl;
+use super::job_input::InputFile;
 use super::logs::LogRef;
 use super::ops::{Answer, Caller, NodeId, Opened, PollWaker, Ready, Responder};
 use super::pending::{self, Outcome, Registrations, Source, Watched, register_poller};
@@ -42,6 +44,8 @@ pub enum Body {
     Exec(Arc<ExecFile>),
     /// The text of a job.
     Command(CommandReader),
+    /// What a job reads.
+    Input(InputFile),
     /// A listing of `files`: a handle of the guest's.
     GuestDir(Arc<GuestFiles>, u64),
 }
@@ -130,7 +134,8 @@ pub fn reading(content: Content) -> Option<(Body, bool)> {
         _ => (Body::Stream(Mutex::new(stream)), true),
     };
     Some(match content {
-        Content::Command(job) => (Body::Command(job.command().ok()?), false),
+        Content::Command(_, job) => (Body::Command(job.command().ok()?), false),
+        Content::JobCtl(..) => (Body::Text(job_ctl::usage().into_bytes()), false),
         Content::Text(text) | Content::RootCtl(text) | Content::Ctl(_, text) => (Body::Text(text), false),
         Content::Log(log) => (Body::Log(log), false),
         // A job that has ended has a true size and bytes at any offset: lseek and splice work.
@@ -146,7 +151,7 @@ pub fn reading(content: Content) -> Option<(Body, bool)> {
         Content::Follow(log) => (Body::Stream(Mutex::new(Stream::follow(log))), true),
         Content::Exec(_) => (Body::Text(Vec::new()), false),
         Content::Value(setting) => (Body::Text(setting.text()), false),
-        Content::Health(_) | Content::Usage(_) => return None,
+        Content::Health(_) | Content::Usage(_) | Content::Input(..) => return None,
     })
 }
 
@@ -181,6 +186,7 @@ impl OpenFile {
         match &self.body {
             Body::Stream(stream) => stream.lock().watches(),
             Body::Exec(exec) => exec.watches(),
+            Body::Input(input) => input.watches(),
             _ => Vec::new(),
         }
     }
@@ -210,6 +216,7 @@ impl OpenFile {
                 }
             }
             Body::GuestDir(..) => Err(Errno::EISDIR),
+            Body::Input(_) => Err(Errno::EBADF),
         };
         responder.respond(data.map(Answer::Data));
     }
@@ -222,12 +229,13 @@ impl OpenFile {
         pending::answer(StreamRead { file: self, max }, responder, nonblocking);
     }
 
-    /// Writes. There are no offsets.
-    pub fn write(&self, caller: Caller, data: &[u8], owner: Owner, responder: Responder) {
+    /// Writes. There are no offsets. `flags` are those of the open file now.
+    pub fn write(&self, caller: Caller, data: &[u8], flags: u32, owner: Owner, responder: Responder) {
         let written = match &self.body {
             Body::Ctl(ctl) => return ctl.write(caller, owner, data, responder),
             Body::Value(value) => value.write(caller, owner, data),
             Body::Exec(exec) => return exec.write(caller, owner, data, responder),
+            Body::Input(input) => return input.write(data, flags & libc::O_NONBLOCK as u32 != 0, responder),
             _ => Err(Errno::EBADF),
         };
         responder.respond(written.map(|()| Answer::Count(data.len() as u32)));
@@ -267,6 +275,8 @@ impl OpenFile {
         Ready(match &self.body {
             Body::Stream(stream) => readable(stream.lock().ready()),
             Body::Exec(exec) => WRITABLE | readable(exec.ready()),
+            Body::Input(input) if input.ready() => WRITABLE,
+            Body::Input(_) => 0,
             _ => READABLE | WRITABLE,
         })
     }

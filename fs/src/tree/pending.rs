@@ -9,6 +9,7 @@ use super::logs::LogRef;
 use super::ops::{Answer, Cancel, PollWaker, Responder};
 use crate::errno::Errno;
 use crate::machine::Machine;
+use crate::machine::input::Input;
 use crate::machine::job::Job;
 use crate::machine::watch::{Wake, WakeId, Watch};
 use parking_lot::Mutex;
@@ -27,6 +28,8 @@ pub enum Watched {
     Log(LogRef),
     /// A job's output and end.
     Job(Arc<Job>),
+    /// What a job reads.
+    Input(Arc<Input>),
 }
 
 impl Watched {
@@ -35,6 +38,7 @@ impl Watched {
             Watched::State(machine) => machine.state_watch(),
             Watched::Log(log) => log.log().watch(),
             Watched::Job(job) => job.watch(),
+            Watched::Input(input) => input.watch(),
         }
     }
 }

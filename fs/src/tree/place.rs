@@ -153,7 +153,7 @@ impl Map {
             Place::Var(holder, kind, id, _) => {
                 Some((Content::Value(Setting::Var(holder.clone(), *kind, *id)), holder.vars().modified(*kind, *id)))
             }
-            Place::Job(_, job, kind) => jobs::content(job, *kind),
+            Place::Job(machine, job, kind) => jobs::content(machine, job, *kind),
             Place::Template(..) | Place::Ghost(..) => None,
         }
     }

@@ -82,8 +82,16 @@ pub static TABLE: &[Row] = &[
     row(Kind::Secrets, "SECRET", Kind::Secret, 0o200, "a secret, sealed on the host's disk"),
     row(Kind::Tags, "TAG", Kind::Tag, 0o600, "a label"),
 
-    row(Kind::Jobs, "N", Kind::Job, 0o700, "a job; rmdir kills it and forgets it"),
-    row(Kind::Job, "cmd", Kind::JobCmd, 0o400, "the script"),
+    row(Kind::Jobs, "JOB", Kind::Job, 0o700, "a job: mkdir makes one to be set up; rmdir kills it and forgets it"),
+    row(Kind::Job, "cmd", Kind::JobCmd, 0o600, "the script; writing it starts the job"),
+    row(Kind::Job, "argv", Kind::JobArgv, 0o600, "instead of a script, a program and its arguments, a NUL behind each; writing it starts the job"),
+    row(Kind::Job, "cwd", Kind::JobCwd, 0o600, "where it starts: an absolute path in the machine"),
+    row(Kind::Job, "env", Kind::JobEnv, 0o600, "variables for it alone, NAME=value, a line each"),
+    row(Kind::Job, "user", Kind::JobUser, 0o600, "the machine's user it runs as"),
+    row(Kind::Job, "timeout", Kind::JobTimeout, 0o600, "how long it may run (30s, 5m); then it is killed, and exit is 124"),
+    row(Kind::Job, "tty", Kind::JobTty, 0o600, "no, yes, or ROWS COLUMNS: it gets a terminal"),
+    row(Kind::Job, "stdin", Kind::JobStdin, 0o200, "its input, if it is opened before the start; ends when its last writer closes it"),
+    row(Kind::Job, "ctl", Kind::JobCtl, 0o600, "signals and more, one a line"),
     row(Kind::Job, "out", Kind::JobOut, 0o400, "stdout and stderr as they came; blocks until the job ends"),
     row(Kind::Job, "stdout", Kind::JobStdout, 0o400, "standard output; blocks until the job ends"),
     row(Kind::Job, "stderr", Kind::JobStderr, 0o400, "standard error; blocks until the job ends"),
@@ -209,6 +217,7 @@ mod tests {
         assert_eq!(names(Kind::Machine), design_machine);
         assert!(later.iter().all(|name| !design_machine.contains(name)));
         assert_eq!(names(Kind::Wait), ["running", "stopped", "event", "console"].into_iter().collect());
-        assert_eq!(names(Kind::Job), ["cmd", "out", "stdout", "stderr", "exit", "status"].into_iter().collect());
+        let job = "cmd argv cwd env user timeout tty stdin stdout stderr out exit status ctl";
+        assert_eq!(names(Kind::Job), job.split(' ').collect());
     }
 }

@@ -7,6 +7,8 @@ use crate::errno::Errno;
 use crate::machine::Machine;
 use crate::machine::config::ConfigKey;
 use crate::machine::error::MachineError;
+use crate::machine::job::Job;
+use crate::machine::setup::Field;
 use crate::machine::templates::Template;
 use crate::machine::vars::VarKind;
 use parking_lot::Mutex;
@@ -20,6 +22,10 @@ pub enum Setting {
     Key(Arc<Machine>, &'static ConfigKey),
     /// `config/KEY` of a template
     TemplateKey(Arc<Template>, &'static ConfigKey),
+    /// `jobs/JOB/cwd` and its like
+    Job(Arc<Machine>, Arc<Job>, Field),
+    /// `jobs/JOB/argv`
+    Argv(Arc<Machine>, Arc<Job>),
     /// `env/NAME`, `secrets/NAME`, `tags/NAME`
     Var(Holder, VarKind, u32),
 }
@@ -30,6 +36,8 @@ impl Setting {
         match self {
             Setting::Key(machine, key) => line(machine.config_get(key.name)),
             Setting::TemplateKey(template, key) => line(template.config_get(key.name)),
+            Setting::Job(_, job, field) => job.field(*field),
+            Setting::Argv(_, job) => job.argv(),
             Setting::Var(holder, kind, id) => {
                 holder.vars().value(*kind, *id).map(|value| [&value[..], b"\n"].concat()).unwrap_or_default()
             }
@@ -38,7 +46,9 @@ impl Setting {
 
     fn check_owner(&self, caller: Caller) -> Result<(), MachineError> {
         match self {
-            Setting::Key(machine, _) => machine.check_owner(caller),
+            Setting::Key(machine, _) | Setting::Job(machine, ..) | Setting::Argv(machine, _) => {
+                machine.check_owner(caller)
+            }
             Setting::TemplateKey(template, _) => template.check_owner(caller),
             Setting::Var(holder, ..) => holder.check_owner(caller),
         }
@@ -48,6 +58,8 @@ impl Setting {
         match self {
             Setting::Key(machine, key) => machine.config_check(key.name, text(value)?),
             Setting::TemplateKey(template, key) => template.config_check(key.name, text(value)?),
+            Setting::Job(_, job, field) => job.check_field(*field, value),
+            Setting::Argv(machine, job) => machine.jobs().check_argv(job, value),
             Setting::Var(_, kind, _) => kind.check_value(value),
         }
     }
@@ -56,6 +68,8 @@ impl Setting {
         match self {
             Setting::Key(machine, key) => machine.config_set(key.name, text(value)?),
             Setting::TemplateKey(template, key) => template.config_set(key.name, text(value)?),
+            Setting::Job(machine, job, field) => machine.jobs().set_field(job, *field, value),
+            Setting::Argv(machine, job) => machine.jobs().run_argv(job, value),
             Setting::Var(holder, kind, id) => holder.set(*kind, *id, value),
         }
     }
@@ -63,7 +77,7 @@ impl Setting {
     /// Calls `done` once what was set is in force and written down, or could not be written.
     fn settled(&self, done: impl FnOnce(Result<(), MachineError>) + Send + 'static) {
         match self {
-            Setting::Key(machine, _) => machine.settled(done),
+            Setting::Key(machine, _) | Setting::Job(machine, ..) | Setting::Argv(machine, _) => machine.settled(done),
             Setting::TemplateKey(template, _) => template.settled(done),
             Setting::Var(holder, kind, _) => holder.settled(*kind, done),
         }
@@ -75,6 +89,9 @@ impl Setting {
         match self {
             Setting::Key(machine, key) => {
                 machine.record_error("config", errno, message, &format!("{}={}", key.name, shown()));
+            }
+            Setting::Job(machine, job, _) | Setting::Argv(machine, job) => {
+                machine.record_error("job", errno, message, &format!("{}: {}", job.number(), shown()));
             }
             Setting::Var(Holder::Machine(machine), kind, id) => {
                 let name = machine.vars().name(*kind, *id).unwrap_or_default();

@@ -100,7 +100,11 @@ enum NoStart {
 fn start_body(machine: &Machine, job: &Job) -> Result<(u32, Vec<u8>), NoStart> {
     let script = |error: io::Error| NoStart::Broken(format!("its script on the host: {error}"));
     let allowed = machine.allowed();
-    let argv = if allowed == Allowed::All {
+    let setup = job.setup();
+    let argv = if let Some(program) = setup.argv.first() {
+        allowed.check(program).map_err(NoStart::Refused)?;
+        Some(setup.argv.clone())
+    } else if allowed == Allowed::All {
         None
     } else {
         let mut text = Vec::new();
@@ -109,7 +113,13 @@ fn start_body(machine: &Machine, job: &Job) -> Result<(u32, Vec<u8>), NoStart> {
         allowed.split(&text).map_err(NoStart::Refused)?
     };
     let is_script = argv.is_none();
-    let spec = machine.job_spec(argv.unwrap_or_default()).map_err(NoStart::Refused)?;
+    let mut spec = machine.job_spec(argv.unwrap_or_default()).map_err(NoStart::Refused)?;
+    setup.apply(&mut spec);
+    if allowed != Allowed::All && setup.has_environment() {
+        // It could make another program of a listed name.
+        let error = MachineError::forbidden("with allow_commands set, a job has no environment of its own");
+        return Err(NoStart::Refused(error));
+    }
     let (spec_len, mut body) = spec.start_body(&[]).map_err(|error| NoStart::Broken(error.to_string()))?;
     if is_script {
         job.add_command(&mut body).map_err(script)?;
@@ -145,9 +155,13 @@ fn send_start(machine: &Arc<Machine>, link: &Arc<Link>, job: &Arc<Job>, sent: im
                 Ok(Reply::Started { pid, started_ms }) => {
                     started.set_started(pid, started_ms);
                     attach(&owner, &there, &started);
+                    feed(&owner, &there, &started);
                 }
                 Ok(_) => owner.jobs.lose(&owner, &started, "the agent gave a wrong answer"),
-                Err(LinkError::Remote { errno: Errno::EEXIST, .. }) => attach(&owner, &there, &started),
+                Err(LinkError::Remote { errno: Errno::EEXIST, .. }) => {
+                    attach(&owner, &there, &started);
+                    feed(&owner, &there, &started);
+                }
                 Err(error @ LinkError::Remote { .. }) => {
                     tracing::warn!(machine = owner.id, job = started.number(), %error, "a job was refused");
                     owner.jobs.lose(&owner, &started, &format!("the agent refused it: {error}"));
@@ -184,6 +198,21 @@ pub(super) fn forget(link: &Arc<Link>, job: u64, gone: impl FnOnce() + Send + 's
 pub(super) fn attach(machine: &Arc<Machine>, link: &Arc<Link>, job: &Arc<Job>) {
     let sink = Arc::new(Output { machine: Arc::downgrade(machine), job: job.clone() });
     link.attach(job.number(), job.log_end(), sink);
+}
+
+/// Gives the agent what is written to a job's input, if it has one.
+pub(super) fn feed(machine: &Arc<Machine>, link: &Arc<Link>, job: &Arc<Job>) {
+    let (owner, there, fed) = (Arc::downgrade(machine), Arc::downgrade(link), Arc::downgrade(job));
+    let again = move || {
+        let (Some(owner), there, fed) = (owner.upgrade(), there.clone(), fed.clone()) else { return };
+        owner.shared.runtime.clone().spawn(async move {
+            tokio::time::sleep(RETRY).await;
+            if let (Some(link), Some(job)) = (there.upgrade(), fed.upgrade()) {
+                feed(&owner, &link, &job);
+            }
+        });
+    };
+    job.input().feed(link, job.number(), Arc::new(again));
 }
 
 /// Takes a job's output from the agent's stream.

@@ -46,6 +46,7 @@ ALTER TABLE machine ADD COLUMN idle INTEGER NOT NULL DEFAULT 0;
 ALTER TABLE machine ADD COLUMN jobs INTEGER NOT NULL DEFAULT 0;
 ALTER TABLE machine ADD COLUMN job_ms INTEGER NOT NULL DEFAULT 0;
 ALTER TABLE job ADD COLUMN name TEXT;
+ALTER TABLE job ADD COLUMN setup BLOB;
 ";
 
 /// A machine as it is written down.
@@ -100,6 +101,8 @@ pub struct JobRow {
     pub command: Vec<u8>,
     /// Its name, if it has one beside the number.
     pub name: Option<String>,
+    /// How it was set up, as `setup.rs` writes it.
+    pub setup: Vec<u8>,
 }
 
 /// Which log a line belongs to.
@@ -228,7 +231,7 @@ pub fn machines(db: &Connection) -> Result<Vec<MachineRow>, MachineError> {
 pub fn put_job(db: &Connection, slot: u32, row: &JobRow) -> Result<(), MachineError> {
     db.prepare_cached(
         "INSERT OR REPLACE INTO job (slot, number, uid, created_ms, started_ms, ended_ms, end, cpu_micros, max_rss_kib, \
-         command, name) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+         command, name, setup) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
     )?
     .execute(params![
         slot,
@@ -241,7 +244,8 @@ pub fn put_job(db: &Connection, slot: u32, row: &JobRow) -> Result<(), MachineEr
         row.cpu_micros,
         row.max_rss_kib,
         row.command,
-        row.name
+        row.name,
+        row.setup
     ])?;
     Ok(())
 }
@@ -256,8 +260,8 @@ pub fn delete_job(db: &Connection, slot: u32, number: u64) -> Result<(), Machine
 pub fn jobs(db: &Connection, slot: u32) -> Result<Vec<JobRow>, MachineError> {
     let rows = db
         .prepare_cached(
-            "SELECT number, uid, created_ms, started_ms, ended_ms, end, cpu_micros, max_rss_kib, command, name FROM job \
-             WHERE slot = ? ORDER BY number",
+            "SELECT number, uid, created_ms, started_ms, ended_ms, end, cpu_micros, max_rss_kib, command, name, \
+             setup FROM job WHERE slot = ? ORDER BY number",
         )?
         .query_map(params![slot], |row| {
             Ok(JobRow {
@@ -271,6 +275,7 @@ pub fn jobs(db: &Connection, slot: u32) -> Result<Vec<JobRow>, MachineError> {
                 max_rss_kib: row.get(7)?,
                 command: row.get(8)?,
                 name: row.get(9)?,
+                setup: row.get::<_, Option<Vec<u8>>>(10)?.unwrap_or_default(),
             })
         })?
         .collect::<Result<_, _>>()?;
