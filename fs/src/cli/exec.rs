@@ -101,21 +101,23 @@ fn follow(job: &std::sync::Arc<Job>) -> Result<u8, String> {
     forward_signals(job)?;
     let errors = {
         let job = job.clone();
-        std::thread::spawn(move || job.copy_output("stderr", &mut io::stderr()))
+        std::thread::spawn(move || copy(&job, "stderr", &mut io::stderr()))
     };
-    let printed = job.copy_output("stdout", &mut io::stdout().lock());
-    let errors = errors.join().unwrap_or(Ok(()));
-    for (what, copied) in [("stdout", printed), ("stderr", errors)] {
-        match copied {
-            // Whoever read it has enough: so has a command in a pipe.
-            Err(error) if error.kind() == io::ErrorKind::BrokenPipe => {
-                let _ = job.ctl("signal PIPE");
-            }
-            Err(error) => return Err(format!("{}: {error}", job.path(what).display())),
-            Ok(()) => {}
-        }
-    }
+    copy(job, "stdout", &mut io::stdout().lock())?;
+    errors.join().unwrap_or(Ok(()))?;
     job.exit()
+}
+
+fn copy(job: &Job, what: &str, to: &mut dyn io::Write) -> Result<(), String> {
+    match job.copy_output(what, to) {
+        // Whoever read it has enough: what that does to a command here, it does to this one.
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => {
+            // One that has ended needs no signal.
+            let _ = job.ctl("signal PIPE");
+            Ok(())
+        }
+        copied => copied.map_err(|error| format!("{}: {error}", job.path(what).display())),
+    }
 }
 
 /// What would end a command here is passed on to it there.

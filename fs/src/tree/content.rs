@@ -10,8 +10,9 @@ use crate::machine::job::Job;
 use crate::machine::output::Output;
 use std::sync::Arc;
 
-/// What stat shows of a job's input, which nobody can read.
-const INPUT_SIZE: u64 = 1 << 62;
+/// What stat shows of a job's input, which nobody can read: the kernel lets several write at once, so that nobody waits
+/// for another in the kernel, only within a file's size. One write(2) is never longer.
+pub const INPUT_SIZE: u64 = 1 << 31;
 
 /// Content of a control file.
 pub enum Content {
@@ -55,7 +56,6 @@ impl Content {
             Content::Text(text) | Content::RootCtl(text) | Content::Ctl(_, text) => text.len() as u64,
             Content::Log(log) => log.log().len(),
             Content::Command(_, job) => job.command_len(),
-            // The kernel lets several write at once, and so nobody wait for another, only within the size.
             Content::Input(..) => INPUT_SIZE,
             Content::JobCtl(..) => job_ctl::usage().len() as u64,
             Content::Output(job, which) => {

@@ -193,7 +193,7 @@ impl Map {
         Attr {
             ino: control.id(),
             size,
-            blocks: size.div_ceil(512),
+            blocks: if kind == Kind::JobStdin { 0 } else { size.div_ceil(512) },
             atime: time,
             mtime: time,
             ctime: time,
