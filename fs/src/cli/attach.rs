@@ -4,7 +4,7 @@ use super::exec::{SetupArgs, argv};
 use super::job::{Job, machine_dir};
 use clap::Args;
 use rustix::termios::{self, OptionalActions, Termios, Winsize};
-use std::io::{self, IsTerminal, Read, Write};
+use std::io::{self, IsTerminal, Read};
 use std::process::ExitCode;
 use std::sync::Arc;
 use tokio::signal::unix::{SignalKind, signal};
@@ -80,7 +80,8 @@ fn run(args: &AttachArgs) -> Result<u8, String> {
 }
 
 fn start(args: &AttachArgs, job: &Job) -> Result<(), String> {
-    args.setup.write(job)?;
+    let terminal = std::env::var("TERM").ok().map(|term| format!("TERM={term}"));
+    args.setup.write_with(job, terminal)?;
     let size = size();
     job.write("tty", format!("{} {}", size.ws_row, size.ws_col).as_bytes())?;
     match args.command.as_slice() {
@@ -199,14 +200,8 @@ fn pass_input(job: &Job) -> bool {
             Err(_) => return false,
         };
         let (typed, leaves) = keys.pass(buffer.get(..count).unwrap_or_default());
-        if input.write_all(&typed).is_err() {
-            // The daemon is away for a moment, or the job has ended.
-            std::thread::sleep(std::time::Duration::from_millis(300));
-            let Ok(again) = job.input() else { return false };
-            input = again;
-            if input.write_all(&typed).is_err() {
-                return false;
-            }
+        if job.pass(&mut input, &typed).is_err() {
+            return false;
         }
         if leaves {
             return true;

@@ -44,13 +44,21 @@ pub struct SetupArgs {
 impl SetupArgs {
     /// Writes them into a job that is being set up.
     pub fn write(&self, job: &Job) -> Result<(), String> {
+        self.write_with(job, None)
+    }
+
+    /// The same, with a variable that goes before those that were given.
+    pub fn write_with(&self, job: &Job, variable: Option<String>) -> Result<(), String> {
         for (file, value) in [("user", &self.user), ("cwd", &self.workdir), ("timeout", &self.timeout)] {
             if let Some(value) = value {
                 job.write(file, value.as_bytes())?;
             }
         }
-        if !self.env.is_empty() {
-            job.write("env", self.env.join("\n").as_bytes())?;
+        let env: Vec<String> = variable.into_iter().chain(self.env.iter().cloned()).collect();
+        // Values may have lines, so a NUL ends each.
+        let env: String = env.into_iter().map(|variable| variable + "\0").collect();
+        if !env.is_empty() {
+            job.write("env", env.as_bytes())?;
         }
         Ok(())
     }

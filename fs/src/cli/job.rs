@@ -83,6 +83,25 @@ impl Job {
         OpenOptions::new().write(true).open(&path).map_err(|error| format!("{}: {error}", path.display()))
     }
 
+    /// Writes to its input, which is opened anew when the daemon has been away meanwhile.
+    pub fn pass(&self, input: &mut File, mut bytes: &[u8]) -> Result<(), String> {
+        let mut lost_at: Option<Instant> = None;
+        while !bytes.is_empty() {
+            match input.write(bytes) {
+                Ok(count) => bytes = bytes.get(count..).unwrap_or_default(),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) if is_restart(&error) && lost_at.get_or_insert_with(Instant::now).elapsed() < RESTART => {
+                    std::thread::sleep(Duration::from_millis(200));
+                    if let Ok(again) = self.input() {
+                        *input = again;
+                    }
+                }
+                Err(error) => return Err(format!("{}: {error}", self.path("stdin").display())),
+            }
+        }
+        Ok(())
+    }
+
     /// Copies a stream of its output to its end; goes on where it was when the daemon comes back meanwhile.
     pub fn copy_output(&self, file: &str, to: &mut dyn Write) -> io::Result<()> {
         let path = self.path(file);
