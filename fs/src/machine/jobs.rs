@@ -113,6 +113,9 @@ impl Jobs {
         let job = Arc::new(Job::new(number, caller.uid, &self.dir, machine.output_limit()).named(name));
         table.insert(job.clone());
         machine.shared.store.set_counter(&store::jobs_counter(machine.slot), number as i64);
+        drop(table);
+        // It may have gone to rest between the first look and this.
+        machine.wake();
         Ok(job)
     }
 
@@ -188,11 +191,17 @@ impl Jobs {
         self.table.lock().jobs.keys().copied().collect()
     }
 
+    /// Does this unless there are jobs that have not ended, those of a name not counted; none begins meanwhile.
+    pub(super) fn unless_used(&self, besides: &str, act: impl FnOnce()) {
+        let table = self.table.lock();
+        if table.unfinished_besides(besides) == 0 {
+            act();
+        }
+    }
+
     /// How many have not ended, those of a name not counted.
     pub(super) fn unfinished_besides(&self, name: &str) -> usize {
-        let table = self.table.lock();
-        let named = table.names.get(name).and_then(|number| table.jobs.get(number)).is_some_and(|job| !job.is_done());
-        table.unfinished.saturating_sub(usize::from(named))
+        self.table.lock().unfinished_besides(name)
     }
 
     /// How many have not ended.
