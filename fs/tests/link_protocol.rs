@@ -447,7 +447,7 @@ fn data_beyond_the_credit_ends_the_link() {
     }
     assert!(resident() < before + ROOM, "memory grew");
     let taken = sink.bytes.load(Ordering::SeqCst);
-    assert!(taken > 0 && taken <= sent * data.len());
+    assert!(taken > 0 && taken <= sent * data.len(), "{taken} bytes were taken of {sent} records");
     host.link.close();
 }
 

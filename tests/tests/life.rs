@@ -107,7 +107,8 @@ each_user! {
         let again = eventually(60, || d.exec(&["grep", "-q", "state running", &m.path("jobs/main/status")]).code == 0);
         assert!(again, "{}", m.read("history"));
         m.ctl("set restart=no").ok();
-        m.guest("pkill -x sleep || true");
+        // The machine stops under it.
+        m.bash("echo 'pkill -x sleep' > $D/exec").ok();
         m.until_status("stopped");
         waits_for(&m, "command");
         m.ctl("start").ok();
@@ -232,6 +233,8 @@ each_user_alone! {
             echo 'stop all' > ctl; cat a/wait/stopped b/wait/stopped; echo 'stop all' > ctl
             echo prune > ctl; test ! -e a; test -e b
             echo 'destroy all' > ctl; test -e b; echo no > b/config/protect; echo 'destroy all' > ctl; echo 'destroy all' > ctl; test ! -e b").ok();
+        let gone = || std::fs::read_dir(d.state.join("machines")).is_ok_and(|left| left.count() == 0);
+        assert!(eventually(40, gone), "they are removed behind");
         d.bash("echo shutdown > ctl").ok();
         assert!(eventually(20, || d.try_exec(&["test", "-e", &d.path("README")]).code != 0));
     }

@@ -1,6 +1,14 @@
 //! `config/network`: what of the network a machine reaches.
 
 use machinefs_tests::each_user;
+use std::net::{TcpListener, UdpSocket};
+
+/// An address of this host, as others see it; nothing is sent.
+fn own_address() -> String {
+    let socket = UdpSocket::bind("0.0.0.0:0").expect("a socket");
+    let outside = socket.connect("192.0.2.1:9").and_then(|()| socket.local_addr());
+    outside.map_or("127.0.0.2".into(), |address| address.ip().to_string())
+}
 
 each_user! {
     /// A machine reaches out by default, where this host can give it a network, and says so where it cannot; `none` is
@@ -12,10 +20,16 @@ each_user! {
         if m.info("network").starts_with("outgoing") {
             assert_ne!(m.guest(interfaces), "lo ");
             assert_eq!(m.guest("grep -c ^nameserver /etc/resolv.conf"), "1");
-            // Nothing of the host answers, whatever listens there.
-            let gateway = m.guest("sed -n 's/^nameserver //p' /etc/resolv.conf");
-            let (_, code) = m.run(&format!("timeout 3 bash -c 'exec 3<> /dev/tcp/{gateway}/22'"));
-            assert_ne!(code, 0, "sshd of the host, or nothing at all, was reached");
+            // What listens on the host is not reached.
+            let listener = TcpListener::bind("0.0.0.0:0").expect("a port");
+            listener.set_nonblocking(true).expect("a socket");
+            let port = listener.local_addr().expect("an address").port();
+            let name_server = m.guest("sed -n 's/^nameserver //p' /etc/resolv.conf");
+            for address in ["127.0.0.1".into(), name_server, own_address()] {
+                m.run(&format!("timeout 2 bash -c 'exec 3<> /dev/tcp/{address}/{port}' 2> /dev/null"));
+                let reached = listener.accept();
+                assert!(reached.is_err(), "the host was reached by {address}: {reached:?}");
+            }
             assert!(!m.read("info").contains("warning it has no network"));
         } else {
             println!("skipped: no network for machines of this user here");

@@ -124,7 +124,7 @@ each_user! {
         terminal.keys(&["C-z"]);
         terminal.until("Stopped");
         terminal.keys(&["clear; fg", "Enter"]);
-        terminal.until("\ncat");
+        terminal.until("cat");
         terminal.keys(&["typed", "Enter"]);
         terminal.until("typed\ntyped");
         terminal.keys(&["C-d"]);

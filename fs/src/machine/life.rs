@@ -170,8 +170,14 @@ impl Machine {
                 self.record_error("idle", crate::errno::Errno::EOPNOTSUPP, message, "");
             }
             // Refused only if somebody did something to it just now: then it is in use.
-            "pause" => drop(self.fire_and_rest(Event::Pause, &why, true)),
-            _ => drop(self.fire_and_rest(Event::Stop, &why, true)),
+            action => {
+                let event = if action == "pause" { Event::Pause } else { Event::Stop };
+                let mut rests = false;
+                self.jobs.unless_used(MAIN, || rests = self.step(event, &why, true).unwrap_or(false));
+                if rests {
+                    self.wake_watchers();
+                }
+            }
         }
     }
 

@@ -292,20 +292,21 @@ mod tests {
     use super::super::vars::VarKind;
     use super::*;
     use crate::errno::Errno;
+    use std::thread::JoinHandle;
 
     const ALICE: Caller = Caller { uid: 1000, gid: 1000, pid: 1 };
     const BOB: Caller = Caller { uid: 1001, gid: 1001, pid: 2 };
 
-    fn open(dir: &std::path::Path) -> Templates {
-        let (store, _thread) = Store::open(&dir.join("state.db")).unwrap();
-        Templates::load(store, Arc::new(Vault::new(dir.join("key"))), (0, 0)).unwrap()
+    fn open(dir: &std::path::Path) -> (Templates, JoinHandle<()>) {
+        let (store, thread) = Store::open(&dir.join("state.db")).unwrap();
+        (Templates::load(store, Arc::new(Vault::new(dir.join("key"))), (0, 0)).unwrap(), thread)
     }
 
     #[test]
     fn shipped_ones_are_there_once_and_changes_outlive_a_restart() {
         let dir = tempfile::tempdir().unwrap();
-        {
-            let templates = open(dir.path());
+        let thread = {
+            let (templates, thread) = open(dir.path());
             let names: Vec<String> = templates.list().iter().map(|template| template.name.clone()).collect();
             assert_eq!(names, ["default", "node", "python", "ubuntu"]);
             for template in templates.list() {
@@ -319,8 +320,10 @@ mod tests {
             mine.config_set("cpus", "2").unwrap();
             mine.config_set("cpus", "default").unwrap();
             mine.vars().create(VarKind::Env, b"A").unwrap();
-        }
-        let templates = open(dir.path());
+            thread
+        };
+        thread.join().unwrap();
+        let (templates, _thread) = open(dir.path());
         assert!(templates.get(b"node").is_none());
         let mine = templates.get(b"mine").unwrap();
         assert_eq!(mine.settings().into_iter().collect::<Vec<_>>(), [("memory", "1G".to_string())]);
@@ -331,7 +334,7 @@ mod tests {
     #[test]
     fn names_find_templates() {
         let dir = tempfile::tempdir().unwrap();
-        let templates = open(dir.path());
+        let (templates, _thread) = open(dir.path());
         templates.create(ALICE, b"mine").unwrap();
         let found = |caller, name: &str| {
             templates.for_name(caller, name).map(|found| found.name.clone()).map_err(|error| error.errno())

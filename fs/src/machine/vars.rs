@@ -265,16 +265,22 @@ impl Vars {
 mod tests {
     use super::*;
     use crate::machine::store::{TemplateRow, put_template};
+    use std::thread::JoinHandle;
 
     fn vars(dir: &std::path::Path) -> (Vars, Store) {
-        let (store, _thread) = Store::open(&dir.join("state.db")).unwrap();
+        let (vars, store, _thread) = vars_and_thread(dir);
+        (vars, store)
+    }
+
+    fn vars_and_thread(dir: &std::path::Path) -> (Vars, Store, JoinHandle<()>) {
+        let (store, thread) = Store::open(&dir.join("state.db")).unwrap();
         let vault = Arc::new(Vault::new(dir.join("key")));
         // What belongs to nobody is forgotten.
         let (config, vars) = (Vec::new(), Vec::new());
         let holder = TemplateRow { slot: 7, name: "t".into(), uid: 0, gid: 0, config, vars };
         store.query(move |db| put_template(db, &holder)).unwrap();
         let rows = store.query(|db| crate::machine::store::vars(db, 7)).unwrap();
-        (Vars::load(7, rows, store.clone(), vault), store)
+        (Vars::load(7, rows, store.clone(), vault), store, thread)
     }
 
     fn environment(vars: &Vars) -> Vec<String> {
@@ -289,8 +295,8 @@ mod tests {
     #[test]
     fn values_reach_jobs_and_outlive_a_restart() {
         let dir = tempfile::tempdir().unwrap();
-        {
-            let (vars, _) = vars(dir.path());
+        let thread = {
+            let (vars, _, thread) = vars_and_thread(dir.path());
             let path = vars.create(VarKind::Env, b"A").unwrap();
             vars.set(VarKind::Env, path, b"1 2\n3").unwrap();
             let token = vars.create(VarKind::Secret, b"TOKEN").unwrap();
@@ -298,7 +304,9 @@ mod tests {
             let tag = vars.create(VarKind::Tag, b"team.x").unwrap();
             vars.set(VarKind::Tag, tag, b"blue").unwrap();
             assert_eq!(vars.value(VarKind::Secret, token), None);
-        }
+            thread
+        };
+        thread.join().unwrap();
         let (vars, store) = vars(dir.path());
         assert_eq!(environment(&vars), ["A=1 2\n3"]);
         assert_eq!(secrets(&vars), [("TOKEN".to_string(), "hunter2".to_string())]);

@@ -171,7 +171,8 @@ fn a_large_log_is_in_a_bounded_file_without_a_name() {
     let limit = 1 << 20;
     let script = "head -c 50000000 /dev/zero; echo; echo end; exec sleep 1000";
     client.start_spec(2, JobSpec { output_limit: limit, ..spec() }, script.as_bytes());
-    wait_until("its output", || client.job(2).log_end > 50_000_000);
+    let comm = || std::fs::read_to_string(format!("/proc/{}/comm", client.job(2).pid)).unwrap_or_default();
+    wait_until("its output", || client.job(2).log_end > 50_000_000 && comm() == "sleep\n");
     let logs: Vec<(PathBuf, PathBuf)> = descriptors(&agent)
         .into_iter()
         .filter(|(_, target)| {
@@ -251,7 +252,8 @@ fn a_hundred_jobs_at_once_leave_nothing_in_the_agent() {
     let (open, running, size) = (descriptors(&agent).len(), threads(&agent), agent.rss());
     (1..6).for_each(|at| round(1000 * at));
     wait_until("descriptors closed", || descriptors(&agent).len() <= open);
-    assert!(threads(&agent) <= running + 2, "{} threads after {running}", threads(&agent));
+    // How many requests are executed at once is chance, and bounded: one thread a job would be 500 more.
+    assert!(threads(&agent) <= running + 32, "{} threads after {running}", threads(&agent));
     assert!(agent.rss() < size + 4096, "{} KiB after {size}", agent.rss());
 }
 

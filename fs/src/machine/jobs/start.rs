@@ -42,6 +42,8 @@ pub(super) fn keep_and_start(
         } else if job.set_phase(Phase::Queued) {
             let link = owner.jobs.table.lock().link.clone();
             match link {
+                // It goes to rest: the agent takes no more, and the job is for the next boot.
+                _ if owner.is_idle() && !owner.state().takes_jobs() => owner.wake(),
                 Some(link) => start(&owner, &link, &job),
                 // A machine that went down meanwhile ends it; one that boots starts it.
                 None if !owner.accepts_jobs() => owner.jobs.lose(&owner, &job, "the machine is down"),

@@ -41,6 +41,12 @@ impl Table {
         true
     }
 
+    /// How many have not ended, those of a name not counted.
+    pub(super) fn unfinished_besides(&self, name: &str) -> usize {
+        let named = self.names.get(name).and_then(|number| self.jobs.get(number)).is_some_and(|job| !job.is_done());
+        self.unfinished.saturating_sub(usize::from(named))
+    }
+
     /// Whether its name is its own, and not a newer one's.
     pub(super) fn goes_by_name(&self, job: &Job) -> bool {
         job.name().is_some_and(|name| self.names.get(name) == Some(&job.number()))
