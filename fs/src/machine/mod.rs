@@ -304,45 +304,8 @@ impl Machine {
 
     /// As [`Machine::fire_because`]; `idle`: it is down only until somebody uses it.
     fn fire_and_rest(self: &Arc<Self>, event: Event, why: &str, idle: bool) -> Result<(), &'static str> {
-<<<<<<< HEAD
-        {
-            let mut life = self.life.lock();
-            // Its end is on the way to what was begun, and no news; everything else is another beginning.
-            let rests = idle || (life.idle && event == Event::Ended && life.state == State::Stopping);
-            let (next, action) = match state::step(life.state, event) {
-                Step::Go(next, action) => (next, action),
-                Step::Stay => return Ok(()),
-                Step::Refuse(help) => return Err(help),
-            };
-            let from = life.state;
-            if next == State::Running {
-                self.used();
-            }
-            life.state = next;
-            self.paused.store(next == State::Paused, Ordering::Release);
-            life.changed = SystemTime::now();
-            life.why = why.to_string();
-            if life.idle != rests {
-                (life.idle, life.wake) = (rests, false);
-                self.shared.store.set_idle(self.slot, rests);
-            }
-            if from != next {
-                self.shared.store.set_state(self.slot, next.word());
-                let mut details = vec![("from", from.word()), ("to", next.word())];
-                if !why.is_empty() {
-                    details.push(("why", why));
-                }
-                // Within the lock, so that the lines stand in the order of the changes.
-                self.shared.events.say_quietly(self.slot, &self.name(), Some(&self.events), "state", &details);
-            }
-            if action != Action::None {
-                // The runner ends only after TearDown, and nothing leaves destroyed.
-                let _ = self.actions.send(action);
-            }
-=======
         if self.step(event, why, idle)? {
             self.wake_watchers();
->>>>>>> issue3
         }
         Ok(())
     }
@@ -362,6 +325,7 @@ impl Machine {
             self.used();
         }
         life.state = next;
+        self.paused.store(next == State::Paused, Ordering::Release);
         life.changed = SystemTime::now();
         life.why = why.to_string();
         if life.idle != rests {
