@@ -249,14 +249,6 @@ impl Jobs {
         self.table.lock().jobs.keys().copied().collect()
     }
 
-<<<<<<< HEAD
-    /// How many run or wait to, those of a name not counted.
-    pub(super) fn unfinished_besides(&self, name: &str) -> usize {
-        let table = self.table.lock();
-        let named = table.names.get(name).and_then(|number| table.jobs.get(number)).is_some_and(|job| !job.is_done());
-        let in_setup = table.jobs.values().filter(|job| job.is_being_set_up()).count();
-        table.unfinished.saturating_sub(usize::from(named) + in_setup)
-=======
     /// Does this unless there are jobs that have not ended, those of a name not counted; none begins meanwhile.
     pub(super) fn unless_used(&self, besides: &str, act: impl FnOnce()) {
         let table = self.table.lock();
@@ -265,10 +257,9 @@ impl Jobs {
         }
     }
 
-    /// How many have not ended, those of a name not counted.
+    /// How many run or wait to, those of a name not counted.
     pub(super) fn unfinished_besides(&self, name: &str) -> usize {
         self.table.lock().unfinished_besides(name)
->>>>>>> issue3
     }
 
     /// How many have not ended.

@@ -41,10 +41,11 @@ impl Table {
         true
     }
 
-    /// How many have not ended, those of a name not counted.
+    /// How many run or wait to, those of a name not counted.
     pub(super) fn unfinished_besides(&self, name: &str) -> usize {
         let named = self.names.get(name).and_then(|number| self.jobs.get(number)).is_some_and(|job| !job.is_done());
-        self.unfinished.saturating_sub(usize::from(named))
+        let in_setup = self.jobs.values().filter(|job| job.is_being_set_up()).count();
+        self.unfinished.saturating_sub(usize::from(named) + in_setup)
     }
 
     /// Whether its name is its own, and not a newer one's.
