@@ -14,7 +14,7 @@ use super::vars::Vars;
 use super::watch::Watch;
 use super::{LOG_LIMIT, LOG_LINES, Life, Machine, RunFacts};
 use parking_lot::{Mutex, RwLock};
-use std::sync::atomic::AtomicU64;
+use std::sync::atomic::{AtomicBool, AtomicU64};
 use std::sync::{Arc, Weak};
 use std::time::{Duration, SystemTime};
 use tokio::sync::mpsc;
@@ -58,6 +58,7 @@ pub(super) fn enter(
         paused: Arc::new((state == State::Paused).into()),
         silence: Silence::default(),
         seeking: AtomicU64::new(0),
+        adopting: AtomicBool::new(false),
         jobs: Jobs::new(weak.clone(), jobs_dir),
         vars: Vars::load(row.slot, row.vars, shared.store.clone(), shared.vault.clone()),
         delivery: Delivery::default(),

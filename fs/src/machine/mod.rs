@@ -131,6 +131,8 @@ pub struct Machine {
     silence: Silence,
     /// The run whose agent is being sought, 0 for none.
     seeking: AtomicU64,
+    /// It runs, and its agent is sought for the first time since the daemon began.
+    adopting: AtomicBool,
     jobs: Jobs,
     vars: Vars,
     delivery: secrets::Delivery,
@@ -346,6 +348,11 @@ impl Machine {
             let _ = self.actions.send(action);
         }
         Ok(true)
+    }
+
+    /// Whether its agent is on the way: it boots, or this daemon has just begun and takes it over.
+    pub fn awaits_agent(&self) -> bool {
+        self.state().is_booting() || self.adopting.load(Ordering::Acquire)
     }
 
     /// Wakes who waits for a change of the state.

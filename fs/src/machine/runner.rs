@@ -445,7 +445,8 @@ async fn take_over(machine: &Arc<Machine>, known: mpsc::Sender<()>) -> Option<Ac
     let run = machine.next_run();
     let found = machine.backend().adopt(&machine.spec()).await;
     if let Ok(Adopted::Running(running)) = found {
-        // It runs; to find its agent may take long.
+        // It runs; to find its agent may take long. Its files wait for that, as for a boot.
+        machine.adopting.store(true, Ordering::Release);
         drop(known);
         if let Err(error) = note_running(machine, running) {
             tracing::error!(machine = machine.id, %error, "adopting");
@@ -464,6 +465,8 @@ async fn take_over(machine: &Arc<Machine>, known: mpsc::Sender<()>) -> Option<Ac
             }
             Err(_) => None,
         };
+        machine.adopting.store(false, Ordering::Release);
+        machine.wake_watchers();
         if let Some(link) = &link {
             machine.jobs.connected(machine, link).await;
         } else if was != State::Booting {

@@ -500,7 +500,7 @@ struct Gate {
 
 impl Source for Gate {
     fn attempt(&self) -> Option<Outcome> {
-        let boots = self.machine.state().is_booting() && self.machine.files().is_none();
+        let boots = self.machine.awaits_agent() && self.machine.files().is_none();
         (!boots && !self.machine.is_waking()).then(|| self.expired())
     }
 

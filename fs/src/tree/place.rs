@@ -36,7 +36,7 @@ const FOREVER: Duration = Duration::from_secs(3600);
 const FIXED: Duration = Duration::from_secs(1);
 
 /// Size of a machine's health text before it was ever asked for: `ok 0.21ms`.
-const HEALTH_SIZE: u64 = 10;
+const HEALTH_SIZE: u64 = 14;
 
 /// What a control node stands for.
 #[derive(Clone)]
