@@ -405,7 +405,7 @@ impl Machine {
         };
         self.shared.runtime.spawn(async move {
             done(match link.ping().await {
-                Ok(time) => format!("ok {:.2}ms\n", time.as_secs_f64() * 1e3),
+                Ok(time) => format!("ok {:08.2}ms\n", time.as_secs_f64() * 1e3),
                 Err(error) => format!("the agent does not answer: {error}\n"),
             });
         });

@@ -1,4 +1,4 @@
-//! `NAME/jobs/N/`: a job.
+//! `NAME/jobs/JOB/`: a job.
 
 use super::content::Content;
 use super::node::{Control, Kind, MAX_SUB};

@@ -69,7 +69,7 @@ kinds! {
     Config = 18,
     /// `NAME/jobs`
     Jobs = 19,
-    /// `NAME/jobs/N`
+    /// `NAME/jobs/JOB`
     Job = 20,
     /// `NAME/files`
     Files = 21,
@@ -151,33 +151,33 @@ kinds! {
     TemplateVar = 101,
     /// `.sys/templates/NAME/secrets/NAME`
     TemplateSecret = 102,
-    /// `NAME/jobs/N/cmd`
+    /// `NAME/jobs/JOB/cmd`
     JobCmd = 128,
-    /// `NAME/jobs/N/out`
+    /// `NAME/jobs/JOB/out`
     JobOut = 129,
-    /// `NAME/jobs/N/stdout`
+    /// `NAME/jobs/JOB/stdout`
     JobStdout = 130,
-    /// `NAME/jobs/N/stderr`
+    /// `NAME/jobs/JOB/stderr`
     JobStderr = 131,
-    /// `NAME/jobs/N/exit`
+    /// `NAME/jobs/JOB/exit`
     JobExit = 132,
-    /// `NAME/jobs/N/status`
+    /// `NAME/jobs/JOB/status`
     JobStatus = 133,
-    /// `NAME/jobs/N/ctl`
+    /// `NAME/jobs/JOB/ctl`
     JobCtl = 134,
-    /// `NAME/jobs/N/argv`
+    /// `NAME/jobs/JOB/argv`
     JobArgv = 135,
-    /// `NAME/jobs/N/cwd`
+    /// `NAME/jobs/JOB/cwd`
     JobCwd = 136,
-    /// `NAME/jobs/N/env`
+    /// `NAME/jobs/JOB/env`
     JobEnv = 137,
-    /// `NAME/jobs/N/user`
+    /// `NAME/jobs/JOB/user`
     JobUser = 138,
-    /// `NAME/jobs/N/timeout`
+    /// `NAME/jobs/JOB/timeout`
     JobTimeout = 139,
-    /// `NAME/jobs/N/tty`
+    /// `NAME/jobs/JOB/tty`
     JobTty = 140,
-    /// `NAME/jobs/N/stdin`
+    /// `NAME/jobs/JOB/stdin`
     JobStdin = 141,
 }
 

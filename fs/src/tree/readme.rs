@@ -2,6 +2,7 @@
 
 use super::node::Kind;
 use super::table::{self, TABLE};
+use crate::machine::jobs::JOB_VERBS;
 use crate::machine::{VERBS, Verb, config, root_verbs};
 use std::fmt::Write as _;
 
@@ -29,6 +30,10 @@ A script is all that is written to exec until the writer closes it, up to 16 MiB
 that begins with #! is run by that interpreter. Scripts run side by side; to have an order, read exit in between.
 Opened for reading and writing, exec is private: the output of the script to its end, then `exit CODE`, then the next:
   exec 3<>dev/exec; echo make >&3; cat <&3; read _ code <&3
+A job that needs more than a script is set up in a directory: its values, its input, and last cmd, which starts it:
+  j=$(mktemp -d dev/jobs/XXXXXX); echo /srv > $j/cwd; echo 10m > $j/timeout; exec 3> $j/stdin; echo 'wc -l' > $j/cmd
+  seq 5 >&3; exec 3>&-; cat $j/stdout; cat $j/exit; rmdir $j
+machinefs exec dev -- PROGRAM ARGUMENT… and machinefs attach dev (a terminal) do that by these files.
 exit is 137 for a job that was killed, 124 for one that took too long; the words are in its status.
 While a machine boots, exec and files wait for it. On a stopped machine both fail: Host is down.
 Lines of ctl: VERB ARGUMENT… KEY=VALUE…; 'it''s' quotes; # begins a comment.
@@ -48,6 +53,8 @@ pub fn readme() -> String {
     verbs(&mut text, root_verbs::VERBS);
     section(&mut text, "Commands of NAME/ctl");
     verbs(&mut text, VERBS);
+    section(&mut text, "Commands of NAME/jobs/JOB/ctl");
+    verbs(&mut text, JOB_VERBS);
     section(&mut text, "Keys of NAME/config");
     let width = config::KEYS.iter().map(|key| key.name.len()).max().unwrap_or(0);
     for key in config::KEYS {
@@ -102,7 +109,7 @@ fn blocking(machine: &str) -> String {
     });
     let mut text = format!("{machine}/wait/\n");
     for row in blocking {
-        let _ = writeln!(text, "{}", path(row).replace("NAME", machine).replace("/N/", "/*/"));
+        let _ = writeln!(text, "{}", path(row).replace("NAME", machine).replace("/JOB/", "/*/"));
     }
     let _ = writeln!(text, "{machine}/files/proc/\n{machine}/files/sys/");
     text
@@ -119,7 +126,7 @@ mod tests {
             let line = text.lines().find(|line| line.split_whitespace().next() == Some(path(row).as_str()));
             assert!(line.is_some_and(|line| line.ends_with(row.doc)), "{}", path(row));
         }
-        for verb in root_verbs::VERBS.iter().chain(VERBS) {
+        for verb in root_verbs::VERBS.iter().chain(VERBS).chain(JOB_VERBS) {
             assert!(text.contains(verb.usage) && text.contains(verb.doc), "{}", verb.name);
         }
         for key in config::KEYS {
@@ -131,7 +138,7 @@ mod tests {
     #[test]
     fn paths() {
         let path_of = |kind| path(table::of(kind).unwrap());
-        assert_eq!(path_of(Kind::JobCmd), "NAME/jobs/N/cmd");
+        assert_eq!(path_of(Kind::JobCmd), "NAME/jobs/JOB/cmd");
         assert_eq!(path_of(Kind::SysWait), ".sys/wait/");
         assert_eq!(path_of(Kind::Readme), "README");
     }
