@@ -233,3 +233,31 @@ assert ready(stopped, 20000) and os.read(stopped, 100) == b'stopped\n'
 "#).ok();
     }
 }
+
+each_user! {
+    /// Edges are exact too (Go waits for them): one that looked before anything was written to a private exec hears of
+    /// the output of each script.
+    fn edges_of_a_private_exec(d) {
+        let m = small!(d, "edge");
+        m.python(r#"
+import select
+fd = os.open(f'{D}/exec', os.O_RDWR | os.O_NONBLOCK)
+epoll = select.epoll()
+epoll.register(fd, select.EPOLLIN | select.EPOLLET)
+def read_all():
+    got = b''
+    while True:
+        try: data = os.read(fd, 100)
+        except BlockingIOError:
+            assert epoll.poll(20), f'nobody woke the reader, who has {got}'
+            continue
+        if data.startswith(b'exit'): return got, data
+        got += data
+for round in range(3):
+    # What there was is seen: from now on only an edge tells.
+    while epoll.poll(0): pass
+    os.write(fd, b'sleep 0.3; echo out %d; sleep 0.3; exit %d' % (round, round))
+    assert read_all() == (b'out %d\n' % round, b'exit %d\n' % round)
+"#).ok();
+    }
+}

@@ -12,6 +12,7 @@ use crate::machine::Machine;
 use crate::machine::error::MachineError;
 use crate::machine::job::{Job, Script};
 use crate::machine::output::Output;
+use crate::machine::watch::Watch;
 use parking_lot::Mutex;
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -44,6 +45,8 @@ pub struct ExecFile {
     reason: Reason,
     /// Never locked while a job is begun or submitted: that wakes readers, who lock it.
     reading: Mutex<Reading>,
+    /// Wakes when there is another job to read from: a poller that waits for one has none to watch.
+    next: Arc<Watch>,
 }
 
 struct Writing {
@@ -109,6 +112,7 @@ impl ExecFile {
             writing: Mutex::new(Writing { text, job: None, filed: None }),
             reason: Reason::default(),
             reading: Mutex::default(),
+            next: Arc::default(),
         }
     }
 
@@ -265,6 +269,7 @@ impl ExecFile {
 
     fn submit(self: &Arc<Self>, complete: Option<Complete>, done: impl FnOnce(Result<(), Errno>) + Send + 'static) {
         let Some(Complete { job, text, filed }) = complete else { return done(Ok(())) };
+        self.next.notify();
         let me = self.clone();
         let done = move |result: Result<(), MachineError>| {
             done(result.map_err(|error| {
@@ -309,7 +314,8 @@ impl ExecFile {
     pub fn watches(&self) -> Vec<Watched> {
         let mut reading = self.reading.lock();
         reading.advance();
-        reading.current.iter().map(|current| Watched::Job(current.job.clone())).collect()
+        let job = reading.current.iter().map(|current| Watched::Job(current.job.clone()));
+        job.chain([Watched::Other(self.next.clone())]).collect()
     }
 }
 

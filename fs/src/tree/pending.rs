@@ -30,6 +30,8 @@ pub enum Watched {
     Job(Arc<Job>),
     /// What a job reads.
     Input(Arc<Input>),
+    /// A watch of its own.
+    Other(Arc<Watch>),
 }
 
 impl Watched {
@@ -39,6 +41,7 @@ impl Watched {
             Watched::Log(log) => log.log().watch(),
             Watched::Job(job) => job.watch(),
             Watched::Input(input) => input.watch(),
+            Watched::Other(watch) => watch,
         }
     }
 }
