@@ -10,6 +10,14 @@ struct Anatomy {
     cgroups: Vec<PathBuf>,
     namespaces: Vec<PathBuf>,
     directory: PathBuf,
+    /// When it was looked at, in clock ticks since the boot.
+    seen: u64,
+}
+
+/// When a process started, in clock ticks since the boot (proc_pid_stat(5), field 22).
+fn started(pid: u32) -> Option<u64> {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    stat.rsplit_once(')')?.1.split_whitespace().nth(19)?.parse().ok()
 }
 
 impl Anatomy {
@@ -19,14 +27,24 @@ impl Anatomy {
         assert!(directory.is_dir(), "{}", directory.display());
         let namespaces = namespaces_of(init);
         assert!(namespaces.len() >= 6, "{namespaces:?}");
-        Anatomy { init, cgroups: cgroups_of(init), namespaces, directory }
+        // A process that starts now.
+        let seen = std::process::Command::new("sh").args(["-c", "cut -d')' -f2- /proc/$$/stat"]).output();
+        let seen = seen.ok().and_then(|out| String::from_utf8(out.stdout).ok());
+        let seen = seen.and_then(|text| text.split_whitespace().nth(19)?.parse().ok()).expect("the time");
+        Anatomy { init, cgroups: cgroups_of(init), namespaces, directory, seen }
     }
 
     /// What of it is still there.
     fn left(&self, m: &Machine<'_>) -> Vec<String> {
         let mut left: Vec<String> =
             self.cgroups.iter().filter(|dir| dir.exists()).map(|dir| dir.display().to_string()).collect();
-        left.extend(processes_in(&self.namespaces).iter().map(|pid| format!("process {pid}")));
+        // The kernel gives numbers of namespaces out again: what started since is of another machine.
+        let older =
+            processes_in(&self.namespaces).into_iter().filter(|pid| started(*pid).is_some_and(|at| at <= self.seen));
+        left.extend(older.map(|pid| {
+            let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+            format!("process {}", stat.split(' ').take(5).collect::<Vec<_>>().join(" "))
+        }));
         left.extend(mounts_below(&self.directory).iter().map(|path| path.display().to_string()));
         if self.directory.exists() {
             left.push(self.directory.display().to_string());
