@@ -65,6 +65,9 @@ pub(super) fn enter(
         last_use: AtomicU64::new(shared.now()),
         ended_jobs: Mutex::new(row.jobs),
         restarts: Mutex::default(),
+        ports: Default::default(),
+        mounts: Default::default(),
+        looks: Default::default(),
         dir,
         events: TextLog::new(LOG_LIMIT),
         console: TextLog::new(LOG_LIMIT),
@@ -86,6 +89,7 @@ pub(super) fn enter(
         shared.slots.insert(row.slot, machine.clone());
     }
     fill(&machine);
+    machine.follow_ports();
     shared.runtime.spawn(runner::run(machine.clone(), queue, begin));
     Ok(machine)
 }

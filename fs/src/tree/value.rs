@@ -30,6 +30,8 @@ impl Setting {
         match self {
             Setting::Key(machine, key) => line(machine.config_get(key.name)),
             Setting::TemplateKey(template, key) => line(template.config_get(key.name)),
+            Setting::Var(Holder::Machine(machine), VarKind::Port, id) => line(machine.port_url(*id)),
+            Setting::Var(Holder::Machine(machine), VarKind::Mount, id) => line(machine.mount_text(*id)),
             Setting::Var(holder, kind, id) => {
                 holder.vars().value(*kind, *id).map(|value| [&value[..], b"\n"].concat()).unwrap_or_default()
             }
