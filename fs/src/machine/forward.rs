@@ -74,15 +74,15 @@ impl Drop for Opened<'_> {
     }
 }
 
-/// Carries a connection until both directions have ended, or one end broke; the other end then sees a reset, and so it
-/// does when this is dropped. `used` is called for each piece.
+/// Carries a connection until both directions have ended, or one end broke. The other end sees a reset when the socket is
+/// dropped then, or while this goes on. `used` is called for each piece.
 ///
 /// # Errors
-/// ECONNREFUSED when nobody listens on the guest's port; otherwise what broke.
-pub async fn forward(link: &Link, port: u16, mut socket: TcpStream, used: impl Fn()) -> Result<(), LinkError> {
+/// ECONNREFUSED when nobody listens on the guest's port: nothing was read from the socket then. Otherwise what broke.
+pub async fn forward(link: &Link, port: u16, socket: &mut TcpStream, used: impl Fn()) -> Result<(), LinkError> {
     // What is written there is to be sent, however little it is; where that cannot be set, it is only slower.
     let _ = socket.set_nodelay(true);
-    reset(&socket, true);
+    reset(socket, true);
     let (heard_sender, mut heard) = mpsc::unbounded_channel();
     let (upward, mut allowed) = watch::channel(Upward { credit: INITIAL_CREDIT, ended: None });
     let tag = link.open_port(port, Arc::new(Sink { upward, heard: heard_sender }));
@@ -100,7 +100,7 @@ pub async fn forward(link: &Link, port: u16, mut socket: TcpStream, used: impl F
         )
     };
     if carried.is_ok() {
-        reset(&socket, false);
+        reset(socket, false);
     }
     carried.map(drop)
 }

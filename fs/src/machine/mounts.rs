@@ -5,7 +5,7 @@
 //! from the backend; what was changed while it booted follows before its first job.
 
 use super::Machine;
-use super::error::MachineError;
+use super::error::{MachineError, Reason};
 use super::vars::VarKind;
 use crate::tree::words;
 use machinefs_backends::container::{canonical_source, canonical_target, own_mounts};
@@ -20,6 +20,10 @@ use std::time::Duration;
 
 /// Whoever writes or removes is answered by then; the work goes on.
 const DEADLINE: Duration = Duration::from_secs(5);
+
+/// So often it is tried to take off what is in use, with a pause: what somebody has just closed is in use for a moment.
+const TRIES: u32 = 10;
+const PAUSE: Duration = Duration::from_millis(50);
 
 /// Called with what came of it.
 pub type Done = Box<dyn FnOnce(Result<(), MachineError>) + Send>;
@@ -146,9 +150,8 @@ impl Machine {
 
     fn mount_records(&self) -> Vec<(u32, PathBuf, Record)> {
         let named = self.vars.list(VarKind::Mount).into_iter();
-        let mut all: Vec<_> = named
-            .filter_map(|(id, name)| Some((id, target(name.as_bytes()).ok()?, self.mount_record(id))))
-            .collect();
+        let mut all: Vec<_> =
+            named.filter_map(|(id, name)| Some((id, target(name.as_bytes()).ok()?, self.mount_record(id)))).collect();
         // What is below another comes after it.
         all.sort_by(|(_, one, _), (_, other, _)| one.cmp(other));
         all
@@ -253,12 +256,16 @@ impl Machine {
         let mount = MountSpec { source, target, mode };
         let before = self.mount_record(id);
         let is_up = self.mounts.up.load(Ordering::SeqCst);
-        let inside = self.mount_records().into_iter().find(|(other, at, record)| {
-            *other != id && record.mount.is_some() && at.starts_with(&mount.target)
-        });
+        let inside = self
+            .mount_records()
+            .into_iter()
+            .find(|(other, at, record)| *other != id && record.mount.is_some() && at.starts_with(&mount.target));
         let same = before.mount.as_ref() == Some(&mount) && !before.unsure;
         if let Some((_, at, _)) = inside.filter(|_| is_up && !same) {
-            return Err(MachineError::busy(format!("it would hide what is mounted at {}: remove that first", at.display())));
+            return Err(MachineError::busy(format!(
+                "it would hide what is mounted at {}: remove that first",
+                at.display()
+            )));
         }
         if !in_force {
             return Ok(());
@@ -306,7 +313,23 @@ impl Machine {
     }
 
     async fn take_off(&self, target: &Path) -> Result<(), MachineError> {
-        self.backend().detach_mount(&self.spec(), target).await.map_err(of_backend)
+        let (backend, spec) = (self.backend(), self.spec());
+        let mut tries = 0;
+        loop {
+            let error = match backend.detach_mount(&spec, target).await {
+                Ok(()) => return Ok(()),
+                Err(error) => of_backend(error),
+            };
+            tries += 1;
+            if error.reason() != Reason::Busy || tries > TRIES {
+                return Err(error);
+            }
+            // It may be the agent itself that has a file there open: for our own sake, until it is asked or told.
+            match self.link() {
+                Some(link) if tries == 1 => drop(link.ping().await),
+                _ => tokio::time::sleep(PAUSE).await,
+            }
+        }
     }
 
     async fn drop_mount(self: &Arc<Self>, id: u32) -> Result<(), MachineError> {
@@ -396,7 +419,8 @@ mod tests {
         for (name, place) in [("src", "/src"), ("home%2Fme", "/home/me"), ("a b", "/a b"), ("50%25", "/50%")] {
             assert_eq!(target(name.as_bytes()).unwrap(), Path::new(place));
         }
-        for bad in ["", ".", "..", "%2Fsrc", "src%2F", "a%2F%2Fb", "a%2F..%2Fb", "50%", "%2f", "%41", "proc", "dev%2Fx"] {
+        for bad in ["", ".", "..", "%2Fsrc", "src%2F", "a%2F%2Fb", "a%2F..%2Fb", "50%", "%2f", "%41", "proc", "dev%2Fx"]
+        {
             assert!(target(bad.as_bytes()).is_err(), "{bad}");
         }
         assert!(target(b"\xff").is_err());

@@ -9,6 +9,7 @@ use super::forward::{forward, reset};
 use super::state::State;
 use super::vars::VarKind;
 use super::watch::Wake;
+use crate::errno::Errno;
 use crate::link::Link;
 use crate::tree::ops::Caller;
 use parking_lot::Mutex;
@@ -28,8 +29,10 @@ use tokio::task::{AbortHandle, JoinSet};
 const MOST_CONNECTIONS: usize = 1000;
 /// Ports below belong to who may bind them, and are not given to others by a daemon that may.
 const FIRST_UNPRIVILEGED: u16 = 1024;
-/// Where nothing can be accepted (the descriptors are used up), it is tried again after so long.
+/// What cannot be now (the descriptors are used up, nobody listens yet) is tried again after so long.
 const RETRY: Duration = Duration::from_millis(50);
+/// A connection that woke its machine, or came while it booted, waits so long for something that listens.
+const COMING_UP: Duration = Duration::from_secs(10);
 /// A connection to a machine that runs waits so long for an agent that is being sought.
 const SEEK: Duration = Duration::from_secs(10);
 /// What is waited for is looked at again after so long, told of or not.
@@ -325,14 +328,27 @@ impl Machine {
         }
     }
 
-    async fn carry(self: Arc<Self>, guest: u16, socket: TcpStream, _seat: Seat) {
-        self.used();
-        self.wake();
+    async fn carry(self: Arc<Self>, guest: u16, mut socket: TcpStream, _seat: Seat) {
         // Until both sides have said all, its end is a reset, also where this is given up.
         reset(&socket, true);
-        let Some(link) = self.linked().await else { return };
-        if let Err(error) = forward(&link, guest, socket, || self.used()).await {
-            tracing::debug!(machine = self.id, port = guest, %error, "a connection to a port broke");
+        let was_up = self.state() == State::Running && !self.is_idle();
+        self.used();
+        self.wake();
+        let mut waited = Duration::ZERO;
+        loop {
+            let Some(link) = self.linked().await else { return };
+            let error = match forward(&link, guest, &mut socket, || self.used()).await {
+                Ok(()) => return,
+                Err(error) => error,
+            };
+            // What is to listen there comes up after its machine.
+            let again = !was_up && error.errno() == Errno(libc::ECONNREFUSED) && waited < COMING_UP;
+            if !again {
+                tracing::debug!(machine = self.id, port = guest, %error, "a connection to a port broke");
+                return;
+            }
+            tokio::time::sleep(RETRY).await;
+            waited += RETRY;
         }
     }
 }

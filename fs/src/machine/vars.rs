@@ -85,11 +85,14 @@ impl VarKind {
             VarKind::Env | VarKind::Secret | VarKind::Tag => None,
             VarKind::Port => Some(ports::number(name).map(drop).ok_or("a port is a number from 1 to 65535")),
             VarKind::Mount => Some(mounts::target(name).map(drop)),
-            VarKind::Volume => Some(Registry::valid_name(name).then_some(()).ok_or("letters, digits and -, at most 63")),
+            VarKind::Volume => {
+                Some(Registry::valid_name(name).then_some(()).ok_or("letters, digits and -, at most 63"))
+            }
         };
         if let Some(checked) = other {
             let shown = String::from_utf8_lossy(name).escape_default().to_string();
-            return checked.map_err(|why| MachineError::invalid(format!("bad name for {} {shown}: {why}", self.word())));
+            return checked
+                .map_err(|why| MachineError::invalid(format!("bad name for {} {shown}: {why}", self.word())));
         }
         if name.len() <= 255 && name.first().is_some_and(first) && name.iter().all(rest) {
             return Ok(());

@@ -523,7 +523,9 @@ impl Place {
             Place::Machine(_, Kind::Machine | Kind::Work) | Place::Job(_, _, Kind::Job) | Place::Ghost(..) => {
                 (Duration::ZERO, Duration::ZERO)
             }
-            Place::Var(..) | Place::Template(..) | Place::TemplateKey(..) | Place::Volume(..) => (Duration::ZERO, Duration::ZERO),
+            Place::Var(..) | Place::Template(..) | Place::TemplateKey(..) | Place::Volume(..) => {
+                (Duration::ZERO, Duration::ZERO)
+            }
             Place::Machine(..) | Place::Key(..) | Place::Job(..) => (FIXED, Duration::ZERO),
         }
     }

@@ -220,13 +220,17 @@ impl Networks {
             // The kernel would do it too, some time after the namespace's end.
             Netlink::open()?.remove(&name)?;
         }
-        let Some(state) = self.recorded()? else { return Ok(()) };
+        if self.recorded()?.is_none() {
+            return Ok(());
+        }
         let _state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         let lock = self.lock()?;
         // Who holds it is about to make a pair.
         if lock.try_lock().is_err() {
             return Ok(());
         }
+        // Another machine's end may have come first.
+        let Some(state) = self.recorded()? else { return Ok(()) };
         let prefix = self.prefix();
         if Netlink::open()?.interfaces()?.iter().any(|(name, ..)| name.starts_with(&prefix)) {
             return Ok(());
