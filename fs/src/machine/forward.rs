@@ -4,6 +4,7 @@
 //! direction ends by itself (half-close); a reset of one end is a reset of the other.
 
 use crate::link::{DuplexSink, Link, LinkError, Tag};
+use machinefs_protocol::frame::MAX_DATA;
 use machinefs_protocol::message::Reply;
 use machinefs_protocol::port::INITIAL_CREDIT;
 use std::io;
@@ -16,6 +17,9 @@ use tokio::sync::{mpsc, watch};
 
 /// Bytes read at once.
 const PIECE: usize = 64 * 1024;
+const _: () = assert!(PIECE <= MAX_DATA);
+/// Where too much waits for the agent, it is tried again after so long.
+const OVERLOADED: Duration = Duration::from_millis(10);
 
 /// What the agent says of the connection, in order.
 enum Heard {
@@ -135,7 +139,13 @@ async fn up(
             return link.send_end(tag);
         }
         used();
-        link.send_data(tag, buffer.get(..read).unwrap_or_default())?;
+        // One frame: it is sent whole, or not at all.
+        while let Err(error) = link.send_data(tag, buffer.get(..read).unwrap_or_default()) {
+            if !matches!(error, LinkError::Overloaded) {
+                return Err(error);
+            }
+            tokio::time::sleep(OVERLOADED).await;
+        }
         sent += read as u64;
     }
 }

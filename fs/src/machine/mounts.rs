@@ -378,11 +378,12 @@ impl Machine {
         self.mounts.up.store(true, Ordering::SeqCst);
     }
 
-    /// It runs since before the daemon: what was being changed when that ended is done again.
-    pub(super) async fn mounts_adopted(&self) {
+    /// It runs since before the daemon: what was being changed when that ended is done again. `all`: it booted then, and
+    /// what it has is not known.
+    pub(super) async fn mounts_adopted(&self, all: bool) {
         let _one = self.mounts.changing.lock().await;
         for (id, target, record) in self.mount_records() {
-            let Some(mount) = record.mount.clone().filter(|_| record.unsure || record.going) else { continue };
+            let Some(mount) = record.mount.clone().filter(|_| all || record.unsure || record.going) else { continue };
             let mut done = self.take_off(&target).await;
             if done.is_ok() && record.going {
                 self.vars.remove(VarKind::Mount, id);

@@ -455,9 +455,6 @@ async fn take_over(machine: &Arc<Machine>, known: mpsc::Sender<()>) -> Option<Ac
             tracing::error!(machine = machine.id, %error, "adopting");
         }
         machine.run.lock().config = Some(machine.config.lock().0.clone());
-        if was != State::Booting {
-            machine.mounts_adopted().await;
-        }
         // A paused agent cannot shake hands: it is thawed for that, and frozen again.
         if was == State::Paused {
             let _ = machine.backend().resume(&machine.spec()).await;
@@ -471,6 +468,9 @@ async fn take_over(machine: &Arc<Machine>, known: mpsc::Sender<()>) -> Option<Ac
             }
             Err(_) => None,
         };
+        if link.is_some() || was != State::Booting {
+            machine.mounts_adopted(was == State::Booting).await;
+        }
         if let Some(link) = &link {
             machine.jobs.connected(machine, link).await;
         } else if was != State::Booting {
