@@ -21,8 +21,9 @@ use std::time::Duration;
 /// Whoever writes or removes is answered by then; the work goes on.
 const DEADLINE: Duration = Duration::from_secs(5);
 
-/// So often it is tried to take off what is in use, with a pause: what somebody has just closed is in use for a moment.
+/// So often it is tried to take off what is in use: what somebody has just closed is in use for a moment.
 const TRIES: u32 = 10;
+/// Between two tries.
 const PAUSE: Duration = Duration::from_millis(50);
 
 /// Called with what came of it.
@@ -48,6 +49,32 @@ pub(super) struct Mounts {
     changing: tokio::sync::Mutex<()>,
     /// The machine runs and has what is written down; before that it will be looked at again.
     up: AtomicBool,
+    /// It ran when the daemon started, and what became of it is not known yet.
+    unknown: AtomicBool,
+}
+
+impl Mounts {
+    /// Of a machine that is just entered. `unknown`: it may run.
+    pub(super) fn new(unknown: bool) -> Mounts {
+        Mounts { unknown: unknown.into(), ..Mounts::default() }
+    }
+
+    fn set_up(&self, up: bool) {
+        self.up.store(up, Ordering::SeqCst);
+        self.unknown.store(false, Ordering::SeqCst);
+    }
+
+    /// Until this is dropped nobody else changes them; it is known whether the machine is up.
+    async fn change(&self) -> tokio::sync::MutexGuard<'_, ()> {
+        loop {
+            let one = self.changing.lock().await;
+            if !self.unknown.load(Ordering::SeqCst) {
+                return one;
+            }
+            drop(one);
+            tokio::time::sleep(PAUSE).await;
+        }
+    }
 }
 
 /// Where a name of `mounts/` is in the machine: `%2F` is a slash and `%25` a percent sign, and each place has one name.
@@ -231,7 +258,7 @@ impl Machine {
         let text = std::str::from_utf8(text).map_err(|_| MachineError::invalid("not UTF-8 text"))?.trim();
         let (source, mode) = parse(text)?;
         self.check_mounts()?;
-        let _one = self.mounts.changing.lock().await;
+        let _one = self.mounts.change().await;
         let gone = || MachineError::not_found("the mount was removed");
         let name = self.vars.name(VarKind::Mount, id).ok_or_else(gone)?;
         let target = target(name.as_bytes()).map_err(MachineError::invalid)?;
@@ -333,7 +360,7 @@ impl Machine {
     }
 
     async fn drop_mount(self: &Arc<Self>, id: u32) -> Result<(), MachineError> {
-        let _one = self.mounts.changing.lock().await;
+        let _one = self.mounts.change().await;
         let Some(name) = self.vars.name(VarKind::Mount, id) else { return Ok(()) };
         let before = self.mount_record(id);
         if let Some(mount) = &before.mount
@@ -354,7 +381,7 @@ impl Machine {
 
     /// It is about to start: nothing is mounted, and so nothing is unsure.
     pub(super) fn mounts_begin(&self) {
-        self.mounts.up.store(false, Ordering::SeqCst);
+        self.mounts.set_up(false);
         for (id, _, record) in self.mount_records() {
             if record.going {
                 self.vars.remove(VarKind::Mount, id);
@@ -375,7 +402,7 @@ impl Machine {
         for mount in wanted.iter().filter(|mount| !started.contains(mount)) {
             self.note_mount(mount, self.attach(mount).await);
         }
-        self.mounts.up.store(true, Ordering::SeqCst);
+        self.mounts.set_up(true);
     }
 
     /// It runs since before the daemon: what was being changed when that ended is done again. `all`: it booted then, and
@@ -396,12 +423,12 @@ impl Machine {
             // What cannot be written down is tried again.
             let _ = self.put_mount_record(id, &Record { unsure: false, going: false, ..record });
         }
-        self.mounts.up.store(true, Ordering::SeqCst);
+        self.mounts.set_up(true);
     }
 
     /// It ends, and its mounts with it.
     pub(super) fn mounts_down(&self) {
-        self.mounts.up.store(false, Ordering::SeqCst);
+        self.mounts.set_up(false);
     }
 
     fn note_mount(&self, mount: &MountSpec, done: Result<(), MachineError>) {
