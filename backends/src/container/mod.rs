@@ -50,7 +50,7 @@ use std::process::Command;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-pub use mounts::canonical_source;
+pub use mounts::{canonical_source, canonical_target, own_mounts};
 pub(crate) use remove::remove_contents;
 
 /// How a [`ContainerBackend`] works.

@@ -69,6 +69,7 @@ async fn serve(mountpoint: &Path, settings: &Settings) -> Result<(), String> {
         limits: settings.limits,
         defaults: settings.defaults.clone(),
         key_file: settings.key_file.clone(),
+        ports_address: settings.ports_address,
         backend,
     };
     let registry = Registry::open(options).await.map_err(|error| error.to_string())?;

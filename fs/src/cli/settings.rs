@@ -4,6 +4,7 @@ use crate::machine::config;
 use crate::machine::limits::Limits;
 use clap::Args;
 use serde::Deserialize;
+use std::net::{IpAddr, Ipv4Addr};
 use std::path::{Path, PathBuf};
 
 /// The file that is read unless another is named; it need not exist.
@@ -48,6 +49,9 @@ pub struct DaemonArgs {
     /// [default: machinefs.key of systemd's credentials, else /etc/machinefs/key, or ~/.config/machinefs/key].
     #[arg(long, value_name = "FILE", env = "MACHINEFS_KEY_FILE")]
     pub key_file: Option<PathBuf>,
+    /// Where ports of machines listen on this host: an address; 0.0.0.0 for all [default: 127.0.0.1].
+    #[arg(long, value_name = "ADDRESS", env = "MACHINEFS_PORTS_ADDRESS")]
+    pub ports_address: Option<IpAddr>,
     /// Programs in files/ cannot be run on the host.
     #[arg(long, env = "MACHINEFS_NOEXEC", num_args = 0..=1, default_missing_value = "true", value_name = "true|false")]
     pub noexec: Option<bool>,
@@ -73,6 +77,8 @@ pub struct Settings {
     pub defaults: Vec<(String, String)>,
     /// Absolute, and not below the state directory.
     pub key_file: PathBuf,
+    /// Where ports of machines listen.
+    pub ports_address: IpAddr,
     /// Mount with `noexec`.
     pub noexec: bool,
     /// For tracing.
@@ -110,6 +116,7 @@ impl DaemonArgs {
             },
             defaults: pairs(self.default.or(file.default).unwrap_or_default())?,
             key_file,
+            ports_address: self.ports_address.or(file.ports_address).unwrap_or(Ipv4Addr::LOCALHOST.into()),
             noexec: self.noexec.or(file.noexec).unwrap_or(false),
             log: self.log.or(file.log).unwrap_or_else(|| "info".into()),
         })
@@ -192,6 +199,7 @@ mod tests {
         let args = DaemonArgs { config: Some(path), max_machines: Some(7), ..DaemonArgs::default() };
         let settings = args.resolve().unwrap();
         assert_eq!((settings.limits.machines, settings.runtime), (Some(7), "runc".into()));
+        assert_eq!(settings.ports_address, IpAddr::from(Ipv4Addr::LOCALHOST));
     }
 
     #[test]

@@ -3,6 +3,7 @@
 use super::config::{self, Config};
 use super::error::MachineError;
 use super::jobs::Jobs;
+use super::mounts::Mounts;
 use super::registry::Shared;
 use super::runner::{self, Begin};
 use super::secrets::Delivery;
@@ -40,6 +41,7 @@ pub(super) fn enter(
     std::fs::create_dir_all(&jobs_dir)
         .map_err(|error| MachineError::no_space(format!("cannot make {}: {error}", jobs_dir.display())))?;
     let (actions, queue) = mpsc::unbounded_channel();
+    let may_run = matches!(begin, Begin::Adopt(_)) && matches!(state, State::Booting | State::Running | State::Paused);
     let machine = Arc::new_cyclic(|weak: &Weak<Machine>| Machine {
         slot: row.slot,
         id,
@@ -66,6 +68,9 @@ pub(super) fn enter(
         last_use: AtomicU64::new(shared.now()),
         ended_jobs: Mutex::new(row.jobs),
         restarts: Mutex::default(),
+        ports: Default::default(),
+        mounts: Mounts::new(may_run),
+        looks: Default::default(),
         dir,
         events: TextLog::new(LOG_LIMIT),
         console: TextLog::new(LOG_LIMIT),
@@ -87,6 +92,7 @@ pub(super) fn enter(
         shared.slots.insert(row.slot, machine.clone());
     }
     fill(&machine);
+    machine.follow_ports();
     shared.runtime.spawn(runner::run(machine.clone(), queue, begin));
     Ok(machine)
 }

@@ -19,6 +19,8 @@ pub enum Reason {
     Denied,
     /// Wrong state for that verb.
     Busy,
+    /// Somebody has that port of the host.
+    InUse,
     /// The machine is stopped, failed or gone.
     Down,
     /// It should be up, but its agent does not answer.
@@ -57,7 +59,7 @@ macro_rules! constructors {
 
 impl MachineError {
     constructors! {
-        invalid Invalid not_found NotFound exists Exists forbidden Forbidden denied Denied busy Busy down Down
+        invalid Invalid not_found NotFound exists Exists forbidden Forbidden denied Denied busy Busy in_use InUse down Down
         unreachable Unreachable timed_out TimedOut no_space NoSpace limit Limit too_big TooBig quota Quota not_supported Unsupported
         internal Internal
     }
@@ -76,6 +78,7 @@ impl MachineError {
             Reason::Forbidden => Errno::EPERM,
             Reason::Denied => Errno::EACCES,
             Reason::Busy => Errno::EBUSY,
+            Reason::InUse => Errno::EADDRINUSE,
             Reason::Down => Errno::EHOSTDOWN,
             Reason::Unreachable => Errno::EHOSTUNREACH,
             Reason::TimedOut => Errno::ETIMEDOUT,

@@ -4,6 +4,7 @@
 //! direction ends by itself (half-close); a reset of one end is a reset of the other.
 
 use crate::link::{DuplexSink, Link, LinkError, Tag};
+use machinefs_protocol::frame::MAX_DATA;
 use machinefs_protocol::message::Reply;
 use machinefs_protocol::port::INITIAL_CREDIT;
 use std::io;
@@ -11,11 +12,14 @@ use std::sync::Arc;
 use std::time::Duration;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
-use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
+use tokio::net::tcp::{ReadHalf, WriteHalf};
 use tokio::sync::{mpsc, watch};
 
 /// Bytes read at once.
 const PIECE: usize = 64 * 1024;
+const _: () = assert!(PIECE <= MAX_DATA);
+/// Where too much waits for the agent, it is tried again after so long.
+const OVERLOADED: Duration = Duration::from_millis(10);
 
 /// What the agent says of the connection, in order.
 enum Heard {
@@ -74,30 +78,33 @@ impl Drop for Opened<'_> {
     }
 }
 
-/// Carries a connection until both directions have ended, or one end broke; the other end then sees a reset.
+/// Carries a connection until both directions have ended, or one end broke. The other end sees a reset when the socket is
+/// dropped then, or while this goes on. `used` is called for each piece.
 ///
 /// # Errors
-/// ECONNREFUSED when nobody listens on the guest's port; otherwise what broke.
-pub async fn forward(link: &Link, port: u16, socket: TcpStream) -> Result<(), LinkError> {
+/// ECONNREFUSED when nobody listens on the guest's port: nothing was read from the socket then. Otherwise what broke.
+pub async fn forward(link: &Link, port: u16, socket: &mut TcpStream, used: impl Fn()) -> Result<(), LinkError> {
     // What is written there is to be sent, however little it is; where that cannot be set, it is only slower.
     let _ = socket.set_nodelay(true);
+    reset(socket, true);
     let (heard_sender, mut heard) = mpsc::unbounded_channel();
     let (upward, mut allowed) = watch::channel(Upward { credit: INITIAL_CREDIT, ended: None });
     let tag = link.open_port(port, Arc::new(Sink { upward, heard: heard_sender }));
     let _opened = Opened { link, tag };
     if !matches!(heard.recv().await, Some(Heard::Opened)) {
-        reset(&socket);
         return Err(why(&allowed));
     }
-    let (mut reader, mut writer) = socket.into_split();
+    // Halves that end nothing when they are dropped: a reset must not look like an end.
+    let (mut reader, mut writer) = socket.split();
     let carried = {
         let mut back = allowed.clone();
-        tokio::try_join!(up(link, tag, &mut allowed, &mut reader), down(link, tag, &mut heard, &mut back, &mut writer))
+        tokio::try_join!(
+            up(link, tag, &mut allowed, &mut reader, &used),
+            down(link, tag, &mut heard, &mut back, &mut writer, &used)
+        )
     };
-    if carried.is_err()
-        && let Ok(socket) = reader.reunite(writer)
-    {
-        reset(&socket);
+    if carried.is_ok() {
+        reset(socket, false);
     }
     carried.map(drop)
 }
@@ -107,7 +114,8 @@ async fn up(
     link: &Link,
     tag: Tag,
     allowed: &mut watch::Receiver<Upward>,
-    reader: &mut OwnedReadHalf,
+    reader: &mut ReadHalf<'_>,
+    used: &impl Fn(),
 ) -> Result<(), LinkError> {
     let mut buffer = vec![0; PIECE];
     let mut sent: u64 = 0;
@@ -130,7 +138,14 @@ async fn up(
         if read == 0 {
             return link.send_end(tag);
         }
-        link.send_data(tag, buffer.get(..read).unwrap_or_default())?;
+        used();
+        // One frame: it is sent whole, or not at all.
+        while let Err(error) = link.send_data(tag, buffer.get(..read).unwrap_or_default()) {
+            if !matches!(error, LinkError::Overloaded) {
+                return Err(error);
+            }
+            tokio::time::sleep(OVERLOADED).await;
+        }
         sent += read as u64;
     }
 }
@@ -141,11 +156,13 @@ async fn down(
     tag: Tag,
     heard: &mut mpsc::UnboundedReceiver<Heard>,
     state: &mut watch::Receiver<Upward>,
-    writer: &mut OwnedWriteHalf,
+    writer: &mut WriteHalf<'_>,
+    used: &impl Fn(),
 ) -> Result<(), LinkError> {
     loop {
         match heard.recv().await {
             Some(Heard::Data(data)) => {
+                used();
                 writer.write_all(&data).await.map_err(broken)?;
                 link.grant(tag, data.len() as u64);
             }
@@ -169,8 +186,8 @@ fn broken(error: io::Error) -> LinkError {
     LinkError::Lost(error.to_string().into())
 }
 
-/// Closing it is a reset from now on.
-fn reset(socket: &TcpStream) {
+/// Whether closing it is a reset, from now on.
+pub(super) fn reset(socket: &TcpStream, is_reset: bool) {
     // Else it is closed in the ordinary way, which says less.
-    let _ = rustix::net::sockopt::set_socket_linger(socket, Some(Duration::ZERO));
+    let _ = rustix::net::sockopt::set_socket_linger(socket, is_reset.then_some(Duration::ZERO));
 }

@@ -117,7 +117,7 @@ impl Machine {
     }
 
     /// A user's verb: what rests and is asked to be down is down.
-    pub(super) fn end_rest(&self, event: Event) {
+    pub(super) fn end_rest(self: &Arc<Self>, event: Event) {
         if !matches!(event, Event::Stop | Event::Kill | Event::Pause) {
             return;
         }
@@ -125,6 +125,8 @@ impl Machine {
         if life.idle {
             (life.idle, life.wake) = (false, false);
             self.shared.store.set_idle(self.slot, false);
+            drop(life);
+            self.follow_ports();
         }
     }
 

@@ -1,6 +1,7 @@
 //! Machines: their life, configuration, jobs and logs. Knows backends and agents; knows nothing of the tree's names
 //! or of FUSE.
 
+pub mod changes;
 pub mod command;
 pub mod config;
 mod enter;
@@ -15,7 +16,9 @@ mod keys;
 mod life;
 pub mod limits;
 mod metrics;
+pub mod mounts;
 pub mod output;
+mod ports;
 pub mod registry;
 pub mod root_verbs;
 mod runner;
@@ -32,6 +35,7 @@ mod usage;
 pub mod vars;
 pub mod vault;
 mod verbs;
+pub mod volumes;
 pub mod watch;
 
 pub use verbs::VERBS;
@@ -143,6 +147,9 @@ pub struct Machine {
     /// Jobs that have ended, ever, and their milliseconds.
     ended_jobs: Mutex<(u64, u64)>,
     restarts: Mutex<life::Restarts>,
+    ports: ports::Ports,
+    mounts: mounts::Mounts,
+    looks: changes::Looks,
     events: TextLog,
     console: TextLog,
     errors: TextLog,
@@ -356,9 +363,10 @@ impl Machine {
     }
 
     /// Wakes who waits for a change of the state.
-    fn wake_watchers(&self) {
+    fn wake_watchers(self: &Arc<Self>) {
         self.shared.events.wake(Some(&self.events));
         self.state_watch.notify();
+        self.follow_ports();
     }
 
     /// Tells of a change that was made to it.

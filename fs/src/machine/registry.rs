@@ -12,6 +12,7 @@ use super::templates::{DEFAULT, Template, Templates};
 use super::textlog::TextLog;
 use super::vars::VarRow;
 use super::vault::Vault;
+use super::volumes::Volumes;
 use super::{Machine, config};
 use crate::tree::cache::HostCache;
 use crate::tree::guest::GuestFiles;
@@ -20,6 +21,7 @@ use dashmap::DashMap;
 use machinefs_backends::Backend;
 use parking_lot::{Mutex, RwLock};
 use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
@@ -44,6 +46,8 @@ pub struct Options {
     pub defaults: Vec<(String, String)>,
     /// The key that secrets are sealed with.
     pub key_file: PathBuf,
+    /// Where ports of guests listen on this host.
+    pub ports_address: IpAddr,
     /// What `default` means, and the only one so far.
     pub backend: Arc<dyn Backend>,
 }
@@ -60,6 +64,7 @@ pub struct Shared {
     pub(super) options: Options,
     pub(super) templates: Templates,
     pub(super) vault: Arc<Vault>,
+    pub(super) volumes: Arc<Volumes>,
     pub(super) started: Instant,
     /// Whether any machine can rest, or does: asked for every operation on files.
     pub(super) any_idle: AtomicBool,
@@ -193,6 +198,7 @@ impl Registry {
         }
         let shared = Arc::new(Shared {
             templates: Templates::load(store.clone(), vault.clone(), mount)?,
+            volumes: Volumes::load(store.clone(), vault.clone(), &options.state_dir)?,
             vault,
             started: Instant::now(),
             any_idle: AtomicBool::new(true),
@@ -393,6 +399,11 @@ impl Registry {
     /// The templates.
     pub fn templates(&self) -> &Templates {
         &self.shared.templates
+    }
+
+    /// The volumes.
+    pub fn volumes(&self) -> &Arc<Volumes> {
+        &self.shared.volumes
     }
 
     /// Whether a machine can rest, or does.

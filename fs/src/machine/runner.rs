@@ -127,6 +127,7 @@ async fn boot_failed(machine: &Arc<Machine>, error: &MachineError) {
 
 async fn boot(machine: &Arc<Machine>) -> Result<(), MachineError> {
     let run = machine.next_run();
+    machine.mounts_begin();
     let (backend, spec) = (machine.backend(), machine.spec());
     let config = machine.config.lock().0.clone();
     // What is about to be made is written down first: a crash from here on leaks nothing.
@@ -145,6 +146,7 @@ async fn boot(machine: &Arc<Machine>) -> Result<(), MachineError> {
     let running = backend.start(&spec).await?;
     note_running(machine, running)?;
     let link = connect(machine, run).await?;
+    machine.mounts_up(&spec.mounts).await;
     watch_end(machine, run);
     let _ = machine.fire(Event::Booted);
     // Only now: a machine written down as booting has started no job.
@@ -377,6 +379,7 @@ async fn shut_down(machine: &Arc<Machine>) {
 /// Ends the run without asking, and everything that hangs on it.
 async fn kill(machine: &Arc<Machine>) {
     machine.next_run();
+    machine.mounts_down();
     if let Err(error) = machine.backend().kill(&machine.spec()).await {
         let error = MachineError::from(error);
         machine.record_error("kill", error.errno(), &error.to_string(), "kill");
@@ -391,6 +394,7 @@ async fn kill(machine: &Arc<Machine>) {
 /// Removes everything; tried again until it works, for a leak is worse than a wait.
 async fn tear_down(machine: &Arc<Machine>) {
     machine.next_run();
+    machine.mounts_down();
     disconnect(machine);
     machine.jobs.machine_ended(machine);
     let mut pause = Duration::from_millis(100);
@@ -465,6 +469,9 @@ async fn take_over(machine: &Arc<Machine>, known: mpsc::Sender<()>) -> Option<Ac
             }
             Err(_) => None,
         };
+        if link.is_some() || was != State::Booting {
+            machine.mounts_adopted(was == State::Booting).await;
+        }
         machine.adopting.store(false, Ordering::Release);
         machine.wake_watchers();
         if let Some(link) = &link {

@@ -129,7 +129,7 @@ impl Machine {
             network: Network::None,
             disk: config.size("disk"),
             owner: self.owner_in(&config),
-            mounts: Vec::new(),
+            mounts: self.mount_specs(),
         };
         let network = match config.get("network") {
             Some("outgoing") => Network::Outgoing,

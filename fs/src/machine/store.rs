@@ -14,9 +14,7 @@ mod tables;
 use super::error::MachineError;
 use super::vars::{VarKind, VarRow};
 use changes::{Changes, Trims};
-#[cfg(test)]
-pub use named::vars;
-pub use named::{TemplateRow, delete_template, put_template, templates};
+pub use named::{TemplateRow, delete_template, put_template, templates, vars};
 use parking_lot::Mutex;
 use rusqlite::Connection;
 use std::path::Path;

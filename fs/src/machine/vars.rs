@@ -1,8 +1,10 @@
 //! What the user names: variables of the environment, secrets, tags; of a machine, or of a template.
 
 use super::error::MachineError;
+use super::registry::Registry;
 use super::store::Store;
 use super::vault::Vault;
+use super::{mounts, ports};
 use parking_lot::Mutex;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -15,6 +17,8 @@ const LONGEST: usize = 100 * 1024;
 const MOST_BYTES: usize = 1 << 20;
 /// Things of one kind that one machine may have.
 const MOST: usize = 1000;
+/// The same of ports and of mounts, which take descriptors and mounts of the host.
+const MOST_OPEN: usize = 100;
 
 /// What kind of thing it is; the number is written down.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -26,12 +30,19 @@ pub enum VarKind {
     Secret = 2,
     /// `tags/NAME`
     Tag = 3,
+    /// `ports/PORT`; the value is as `ports.rs` writes it.
+    Port = 4,
+    /// `mounts/PATH`; the value is as `mounts.rs` writes it.
+    Mount = 5,
+    /// `.sys/volumes/NAME`; the value is as `volumes.rs` writes it.
+    Volume = 6,
 }
 
 impl VarKind {
     /// The kind of that number.
     pub(super) fn from_number(number: u8) -> Option<VarKind> {
-        [VarKind::Env, VarKind::Secret, VarKind::Tag].into_iter().find(|kind| *kind as u8 == number)
+        let all = [VarKind::Env, VarKind::Secret, VarKind::Tag, VarKind::Port, VarKind::Mount, VarKind::Volume];
+        all.into_iter().find(|kind| *kind as u8 == number)
     }
 
     fn word(self) -> &'static str {
@@ -39,10 +50,28 @@ impl VarKind {
             VarKind::Env => "env",
             VarKind::Secret => "secret",
             VarKind::Tag => "tag",
+            VarKind::Port => "port",
+            VarKind::Mount => "mount",
+            VarKind::Volume => "volume",
         }
     }
 
+    /// How many of this kind there may be of one holder.
+    fn most(self) -> usize {
+        match self {
+            VarKind::Env | VarKind::Secret | VarKind::Tag => MOST,
+            VarKind::Port | VarKind::Mount => MOST_OPEN,
+            VarKind::Volume => usize::MAX,
+        }
+    }
+
+    /// Whether jobs get it.
+    fn is_for_jobs(self) -> bool {
+        matches!(self, VarKind::Env | VarKind::Secret)
+    }
+
     /// Checks a name: `[A-Za-z_][A-Za-z0-9_]*` for what jobs get, letters, digits and `_.-` for a tag; at most 255.
+    /// The others have names of their own kinds.
     ///
     /// # Errors
     /// EINVAL.
@@ -52,6 +81,19 @@ impl VarKind {
         let rest = |byte: &u8| {
             byte.is_ascii_alphanumeric() || *byte == b'_' || (self == VarKind::Tag && matches!(byte, b'.' | b'-'))
         };
+        let other = match self {
+            VarKind::Env | VarKind::Secret | VarKind::Tag => None,
+            VarKind::Port => Some(ports::number(name).map(drop).ok_or("a port is a number from 1 to 65535")),
+            VarKind::Mount => Some(mounts::target(name).map(drop)),
+            VarKind::Volume => {
+                Some(Registry::valid_name(name).then_some(()).ok_or("letters, digits and -, at most 63"))
+            }
+        };
+        if let Some(checked) = other {
+            let shown = String::from_utf8_lossy(name).escape_default().to_string();
+            return checked
+                .map_err(|why| MachineError::invalid(format!("bad name for {} {shown}: {why}", self.word())));
+        }
         if name.len() <= 255 && name.first().is_some_and(first) && name.iter().all(rest) {
             return Ok(());
         }
@@ -177,8 +219,8 @@ impl Vars {
         if there.any(|(_, var)| var.name == name) {
             return Err(MachineError::exists(format!("there is a {} {name} already", kind.word())));
         }
-        if inner.vars.keys().filter(|(of, _)| *of == kind).count() >= MOST {
-            return Err(MachineError::limit(format!("there are {MOST} of them, which is the most")));
+        if inner.vars.keys().filter(|(of, _)| *of == kind).count() >= kind.most() {
+            return Err(MachineError::limit(format!("there are {} of them, which is the most", kind.most())));
         }
         let id = inner.next;
         inner.next += 1;
@@ -197,9 +239,9 @@ impl Vars {
         let name = self.name(kind, id).ok_or_else(|| MachineError::not_found("it was removed"))?;
         let value = self.seal(kind, &name, value)?;
         let mut inner = self.inner.lock();
-        let others = inner.vars.iter().filter(|((of, number), _)| *of != VarKind::Tag && (*of, *number) != (kind, id));
+        let others = inner.vars.iter().filter(|((of, number), _)| of.is_for_jobs() && (*of, *number) != (kind, id));
         let bytes: usize = others.map(|(_, var)| var.name.len() + var.value.len() + 2).sum();
-        if kind != VarKind::Tag && bytes + name.len() + value.len() > MOST_BYTES {
+        if kind.is_for_jobs() && bytes + name.len() + value.len() > MOST_BYTES {
             return Err(MachineError::no_space(format!("env and secrets have at most {MOST_BYTES} bytes together")));
         }
         let var = inner.vars.get_mut(&(kind, id)).ok_or_else(|| MachineError::not_found("it was removed"))?;

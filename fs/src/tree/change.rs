@@ -37,6 +37,9 @@ pub fn mkdir(map: &Arc<Map>, caller: Caller, parent: &Place, name: &[u8], respon
             }
         };
     }
+    if let Place::Service(Kind::Volumes) = parent {
+        return super::volumes::mkdir(map, caller, name, responder);
+    }
     if parent.kind() != Kind::Root {
         return responder.respond(Err(Errno::EPERM));
     }
@@ -130,6 +133,16 @@ fn answer_removal(map: &Map, responder: Responder, removed: Result<Removed, Errn
 /// unlink(2): of a machine's `ctl` it destroys the machine and leaves a ghost; in a ghost it succeeds. Fails with EPERM
 /// for every other control file that users do not make, and for a protected machine; ENOENT, EISDIR.
 pub fn unlink(map: &Map, caller: Caller, parent: &Place, name: &[u8], responder: Responder) {
+    // It may take the host a while.
+    if let Ok(Place::Var(Holder::Machine(machine), VarKind::Mount, id, _)) = map.lookup(parent, name, caller) {
+        if let Err(errno) = may_command(&machine, caller) {
+            return responder.respond(Err(errno));
+        }
+        let done = Box::new(move |removed: Result<(), MachineError>| {
+            responder.respond(removed.map(|()| Answer::Ok).map_err(|error| error.errno()));
+        });
+        return machine.remove_mount(id, done);
+    }
     answer_removal(map, responder, try_unlink(map, caller, parent, name));
 }
 
@@ -167,6 +180,9 @@ fn try_unlink(map: &Map, caller: Caller, parent: &Place, name: &[u8]) -> Result<
 /// rmdir(2): of a machine it destroys the machine, of a job it kills and forgets the job; in a ghost and of a ghost it
 /// succeeds. Fails with EPERM for every other directory, and for a protected machine; ENOENT, ENOTDIR.
 pub fn rmdir(map: &Map, caller: Caller, parent: &Place, name: &[u8], responder: Responder) {
+    if let Ok(Place::Volume(volume, Kind::Volume)) = map.lookup(parent, name, caller) {
+        return super::volumes::rmdir(map, caller, volume, responder);
+    }
     answer_removal(map, responder, try_rmdir(map, caller, parent, name));
 }
 

@@ -46,6 +46,8 @@ pub enum Content {
     Usage(Arc<Machine>),
     /// A value.
     Value(Setting),
+    /// What differs from its image, looked at when it is opened.
+    Changes(Arc<Machine>),
 }
 
 impl Content {
@@ -77,6 +79,7 @@ impl Content {
             Content::Exec(_) => 0,
             Content::Usage(_) => Machine::usage_size(),
             Content::Value(setting) => setting.text().len() as u64,
+            Content::Changes(machine) => machine.changes_size(),
         }
     }
 }

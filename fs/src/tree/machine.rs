@@ -30,6 +30,7 @@ pub fn content(machine: &Arc<Machine>, kind: Kind) -> Option<(Content, SystemTim
         Kind::History => log(LogRef::History),
         Kind::Health => (Content::Health(machine.clone()), SystemTime::now()),
         Kind::Usage => (Content::Usage(machine.clone()), SystemTime::now()),
+        Kind::Changes => (Content::Changes(machine.clone()), SystemTime::now()),
         Kind::Exec => (Content::Exec(machine.clone()), jobs.changed()),
         Kind::Out => match jobs.newest() {
             Some(job) => {

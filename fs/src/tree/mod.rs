@@ -6,6 +6,7 @@
 
 pub mod cache;
 mod change;
+mod changes;
 mod config;
 mod content;
 mod ctl;
@@ -26,6 +27,7 @@ mod open;
 pub mod ops;
 mod pending;
 mod place;
+mod put;
 mod readme;
 mod root;
 mod script;
@@ -35,6 +37,7 @@ mod table;
 mod text;
 mod value;
 mod vars;
+mod volumes;
 mod wait;
 pub mod words;
 
@@ -53,9 +56,11 @@ use open::{Body, OpenTable, opened};
 use ops::{Answer, Caller, DirEntry, Files, NodeId, Op, Ready, Responder, SetAttr, StatFs};
 use pending::{Outcome, Source, Watched};
 use place::{Map, Place};
+use put::{PutFile, What};
 use std::sync::Arc;
 use std::time::Duration;
-use value::ValueFile;
+use value::{Setting, ValueFile};
+use vars::Holder;
 
 /// Longest name, as in Linux.
 const NAME_MAX: u32 = 255;
@@ -325,6 +330,7 @@ impl Tree {
     fn open(&self, caller: Caller, node: NodeId, place: &Place, flags: u32, responder: Responder) {
         match self.try_open(caller, node, place, flags) {
             Ok(Opening::Done(answer)) => responder.respond(Ok(answer)),
+            Ok(Opening::Look(machine, seat)) => changes::open(&self.table, node, &machine, seat, responder),
             Ok(Opening::Ask(machine, question, seat)) => {
                 health::open(&self.map, &self.table, node, &machine, question, seat, responder);
             }
@@ -355,6 +361,7 @@ impl Tree {
         let (body, stream) = match (content, writes) {
             (Content::Health(machine), _) => return Ok(Opening::Ask(machine, Question::Health, seat)),
             (Content::Usage(machine), _) => return Ok(Opening::Ask(machine, Question::Usage, seat)),
+            (Content::Changes(machine), _) => return Ok(Opening::Look(machine, seat)),
             (Content::RootCtl(usage), true) => {
                 let commands =
                     root::RootCommands { registry: self.map.registry.clone(), ghosts: self.map.ghosts.clone() };
@@ -373,6 +380,11 @@ impl Tree {
             (Content::JobCtl(machine, job), true) => {
                 let commands = job_ctl::JobCommands { machine, job };
                 (Body::Ctl(CtlFile::new(Box::new(commands), job_ctl::usage().into_bytes())), false)
+            }
+            (Content::Value(Setting::Var(Holder::Machine(machine), kind, id)), true) if What::of(kind).is_some() => {
+                let what = What::of(kind).ok_or(Errno::EIO)?;
+                let snapshot = Setting::Var(Holder::Machine(machine.clone()), kind, id).text();
+                (Body::Put(PutFile::new(machine, what, id, snapshot, seat.text())), false)
             }
             (Content::Value(setting), true) => (Body::Value(ValueFile::new(setting, seat.text())), false),
             (content, _) => open::reading(content).ok_or(Errno::EIO)?,
@@ -485,6 +497,8 @@ fn use_machine(machine: &Arc<Machine>, caller: Caller, op: &Op<'_>) -> Result<()
 enum Opening {
     Done(Answer),
     Ask(Arc<Machine>, Question, open::Seat),
+    /// At what differs from its image.
+    Look(Arc<Machine>, open::Seat),
 }
 
 /// Truncation does nothing, since files end with what is written; times are accepted, for touch; the rest is ours.

@@ -79,6 +79,14 @@ kinds! {
     Secrets = 23,
     /// `NAME/tags`
     Tags = 24,
+    /// `NAME/ports`
+    Ports = 25,
+    /// `NAME/mounts`
+    Mounts = 26,
+    /// `.sys/volumes`
+    Volumes = 27,
+    /// `.sys/volumes/NAME`
+    Volume = 28,
     /// `README`
     Readme = 32,
     /// `.ignore`
@@ -151,6 +159,14 @@ kinds! {
     TemplateVar = 101,
     /// `.sys/templates/NAME/secrets/NAME`
     TemplateSecret = 102,
+    /// `NAME/ports/PORT`
+    Port = 103,
+    /// `NAME/mounts/PATH`
+    Mount = 104,
+    /// `NAME/changes`
+    Changes = 105,
+    /// `.sys/volumes/NAME/info`
+    VolumeInfo = 106,
     /// `NAME/jobs/JOB/cmd`
     JobCmd = 128,
     /// `NAME/jobs/JOB/out`
@@ -198,6 +214,10 @@ impl Kind {
                 | Kind::Env
                 | Kind::Secrets
                 | Kind::Tags
+                | Kind::Ports
+                | Kind::Mounts
+                | Kind::Volumes
+                | Kind::Volume
         ) || self.is_template_dir()
     }
 
@@ -215,6 +235,8 @@ impl Kind {
             Kind::Env => (VarKind::Env, Kind::EnvVar),
             Kind::Secrets => (VarKind::Secret, Kind::Secret),
             Kind::Tags => (VarKind::Tag, Kind::Tag),
+            Kind::Ports => (VarKind::Port, Kind::Port),
+            Kind::Mounts => (VarKind::Mount, Kind::Mount),
             Kind::TemplateEnv => (VarKind::Env, Kind::TemplateVar),
             Kind::TemplateSecrets => (VarKind::Secret, Kind::TemplateSecret),
             _ => return None,
@@ -302,7 +324,7 @@ mod tests {
         // Inode numbers outlive a version of the daemon: a change here breaks them.
         let numbers: Vec<u8> = Kind::ALL.iter().map(|kind| *kind as u8).collect();
         let expected: Vec<u8> =
-            (0..8).chain(16..25).chain(32..42).chain(64..83).chain(96..103).chain(128..142).collect();
+            (0..8).chain(16..29).chain(32..42).chain(64..83).chain(96..107).chain(128..142).collect();
         assert_eq!(numbers, expected);
     }
 

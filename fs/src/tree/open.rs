@@ -9,10 +9,12 @@ use super::job_input::InputFile;
 use super::logs::LogRef;
 use super::ops::{Answer, Caller, NodeId, Opened, PollWaker, Ready, Responder};
 use super::pending::{self, Outcome, Registrations, Source, Watched, register_poller};
+use super::put::PutFile;
 use super::stream::{Once, Stream, Taken, exit_text};
 use super::text::{Owner, Text, slice};
 use super::value::ValueFile;
 use crate::errno::Errno;
+use crate::machine::changes::Look;
 use crate::machine::job::{CommandReader, Job};
 use crate::machine::output::{Output, OutputReader};
 use dashmap::DashMap;
@@ -40,6 +42,10 @@ pub enum Body {
     Ctl(Arc<CtlFile>),
     /// A value.
     Value(ValueFile),
+    /// A value that is in force when it is written.
+    Put(Arc<PutFile>),
+    /// What differs from a machine's image.
+    Changes(Look),
     /// Scripts.
     Exec(Arc<ExecFile>),
     /// The text of a job.
@@ -151,7 +157,7 @@ pub fn reading(content: Content) -> Option<(Body, bool)> {
         Content::Follow(log) => (Body::Stream(Mutex::new(Stream::follow(log))), true),
         Content::Exec(_) => (Body::Text(Vec::new()), false),
         Content::Value(setting) => (Body::Text(setting.text()), false),
-        Content::Health(_) | Content::Usage(_) | Content::Input(..) => return None,
+        Content::Health(_) | Content::Usage(_) | Content::Changes(_) | Content::Input(..) => return None,
     })
 }
 
@@ -204,6 +210,11 @@ impl OpenFile {
                 value.end();
                 Ok(value.read(offset, max))
             }
+            Body::Put(value) => {
+                value.end();
+                Ok(value.read(offset, max))
+            }
+            Body::Changes(look) => look.read_at(offset, max).map_err(|error| error.errno()),
             // Splice and sendfile come through the page cache, without an owner: they would keep and repeat what
             // they read. With EINVAL their callers fall back to read(2).
             Body::Stream(_) | Body::Exec(_) if owner.is_none() => Err(Errno::EINVAL),
@@ -234,6 +245,7 @@ impl OpenFile {
         let written = match &self.body {
             Body::Ctl(ctl) => return ctl.write(caller, owner, data, responder),
             Body::Value(value) => value.write(caller, owner, data),
+            Body::Put(value) => return value.write(caller, owner, data, responder),
             Body::Exec(exec) => return exec.write(caller, owner, data, responder),
             Body::Input(input) => return input.write(data, flags & libc::O_NONBLOCK as u32 != 0, responder),
             _ => Err(Errno::EBADF),
@@ -246,6 +258,7 @@ impl OpenFile {
         let flushed = match &self.body {
             Body::Ctl(ctl) => return ctl.flush(Some(owner), responder),
             Body::Value(value) => return value.flush(Some(owner), responder),
+            Body::Put(value) => return value.flush(Some(owner), responder),
             Body::Exec(exec) => return exec.flush(Some(owner), responder),
             _ => Ok(()),
         };
@@ -257,6 +270,7 @@ impl OpenFile {
         let finished = match &self.body {
             Body::Ctl(ctl) => return ctl.finish(responder),
             Body::Value(value) => return value.finish(responder),
+            Body::Put(value) => return value.finish(responder),
             Body::Exec(exec) => return exec.finish(responder),
             _ => Ok(()),
         };
@@ -287,6 +301,7 @@ impl OpenFile {
             Body::Text(text) => text.len() as u64,
             Body::Log(log) => log.log().len(),
             Body::Command(command) => command.size(),
+            Body::Changes(look) => look.size(),
             Body::Finished(job, which, _) => job.output_len(*which),
             _ => 0,
         }

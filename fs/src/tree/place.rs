@@ -6,7 +6,7 @@ use super::node::{Control, Kind};
 use super::ops::{Attr, Caller, Entry, NodeId, ROOT};
 use super::value::Setting;
 use super::vars::{self, Holder};
-use super::{config, jobs, machine, root, table};
+use super::{config, jobs, machine, root, table, volumes};
 use crate::errno::Errno;
 use crate::machine::Machine;
 use crate::machine::config::{ConfigKey, KEYS};
@@ -14,6 +14,7 @@ use crate::machine::job::Job;
 use crate::machine::registry::Registry;
 use crate::machine::templates::{self, Template};
 use crate::machine::vars::VarKind;
+use crate::machine::volumes::Volume;
 use dashmap::DashMap;
 use parking_lot::Mutex;
 use std::sync::Arc;
@@ -55,6 +56,8 @@ pub enum Place {
     Template(Arc<Template>, Kind),
     /// `config/KEY` of a template.
     TemplateKey(Arc<Template>, &'static ConfigKey),
+    /// A volume's directory and what is in it.
+    Volume(Volume, Kind),
     /// Anything in a ghost.
     Ghost(Arc<Ghost>, Control),
 }
@@ -106,6 +109,9 @@ impl Map {
     /// ENOENT when it is gone.
     pub fn resolve(&self, node: NodeId) -> Result<Place, Errno> {
         let control = Control::from_id(node).ok_or(Errno::ENOENT)?;
+        if control.slot == 0 && matches!(control.kind, Kind::Volume | Kind::VolumeInfo) {
+            return volumes::resolve(self, control).ok_or(Errno::ENOENT);
+        }
         if control.slot == 0 {
             return Ok(Place::Service(control.kind));
         }
@@ -154,6 +160,7 @@ impl Map {
                 Some((Content::Value(Setting::Var(holder.clone(), *kind, *id)), holder.vars().modified(*kind, *id)))
             }
             Place::Job(machine, job, kind) => jobs::content(machine, job, *kind),
+            Place::Volume(volume, kind) => volumes::content(self, volume, *kind),
             Place::Template(..) | Place::Ghost(..) => None,
         }
     }
@@ -231,7 +238,12 @@ impl Map {
             Place::Service(Kind::Templates) => {
                 (self.registry.templates().list().len(), self.registry.templates().changed())
             }
+            Place::Service(Kind::Volumes) => {
+                let volumes = self.registry.volumes();
+                (volumes.list().len(), volumes.changed())
+            }
             Place::Service(_) => (0, self.registry.started()),
+            Place::Volume(volume, _) => (0, volume.created),
             Place::Machine(machine, Kind::Jobs) => (machine.jobs().list().len(), machine.jobs().changed()),
             Place::Machine(machine, Kind::Config) => (0, machine.config_changed()),
             Place::Machine(machine, kind) if kind.vars().is_some() => (0, machine.vars().changed()),
@@ -260,6 +272,8 @@ impl Map {
             (Place::Service(Kind::Templates), None) => {
                 self.registry.templates().get(name).map(|template| Place::Template(template, Kind::Template))
             }
+            (Place::Service(Kind::Volumes), None) => volumes::named(self, name),
+            (Place::Volume(volume, _), Some(row)) => Some(Place::Volume(volume.clone(), row.kind)),
             (Place::Template(template, _), Some(row)) => Some(Place::Template(template.clone(), row.kind)),
             (Place::Template(template, Kind::TemplateConfig), None) => {
                 config::by_name(name).map(|key| Place::TemplateKey(template.clone(), key))
@@ -302,7 +316,7 @@ impl Map {
     pub fn list(&self, place: &Place, after: u64) -> Vec<Listed> {
         let kind = place.kind();
         let slot = match place {
-            Place::Service(_) => 0,
+            Place::Service(_) | Place::Volume(..) => 0,
             Place::Machine(machine, _) | Place::Key(machine, _) | Place::Job(machine, ..) => machine.slot(),
             Place::Template(template, _) | Place::TemplateKey(template, _) => template.slot(),
             Place::Var(..) | Place::Ghost(..) => return Vec::new(),
@@ -343,6 +357,14 @@ impl Map {
                     name: template.name().as_bytes().into(),
                     node: Control { slot: template.slot(), kind: Kind::Template, sub: 0 },
                     cookie: DYNAMIC + age(&template),
+                }));
+            }
+            Place::Service(Kind::Volumes) => {
+                let later = self.registry.volumes().list().into_iter().filter(|volume| u64::from(volume.id) > first);
+                listed.extend(later.map(|volume| Listed {
+                    node: volumes::node(&volume, Kind::Volume),
+                    cookie: DYNAMIC + u64::from(volume.id),
+                    name: volume.name.into_bytes().into(),
                 }));
             }
             Place::Machine(machine, kind) if kind.vars().is_some() => {
@@ -387,9 +409,10 @@ impl Map {
         let control = place.control();
         match table::of(control.kind) {
             Some(row) if row.parent == Kind::Root => ROOT,
-            // A job's files have its number, and so has its directory; the directories above have none.
+            // Files of a job or volume have its number, and so has its directory; the directories above have none.
             Some(row) => {
-                Control { kind: row.parent, sub: if row.parent == Kind::Job { control.sub } else { 0 }, ..control }.id()
+                let is_numbered = matches!(row.parent, Kind::Job | Kind::Volume);
+                Control { kind: row.parent, sub: if is_numbered { control.sub } else { 0 }, ..control }.id()
             }
             None => ROOT,
         }
@@ -445,6 +468,7 @@ impl Place {
             Place::TemplateKey(template, key) => {
                 Control { kind: Kind::TemplateKey, ..config::node(template.slot(), key) }
             }
+            Place::Volume(volume, kind) => volumes::node(volume, *kind),
             Place::Ghost(_, control) => *control,
         }
     }
@@ -453,7 +477,7 @@ impl Place {
     pub fn kind(&self) -> Kind {
         match self {
             Place::Service(kind) | Place::Machine(_, kind) | Place::Job(_, _, kind) => *kind,
-            Place::Template(_, kind) | Place::Var(_, _, _, kind) => *kind,
+            Place::Template(_, kind) | Place::Var(_, _, _, kind) | Place::Volume(_, kind) => *kind,
             Place::Key(..) => Kind::ConfigKey,
             Place::TemplateKey(..) => Kind::TemplateKey,
             Place::Ghost(_, control) => control.kind,
@@ -463,7 +487,7 @@ impl Place {
     /// The machine it is in; that of a ghost too.
     pub fn machine(&self) -> Option<&Arc<Machine>> {
         match self {
-            Place::Service(_) | Place::Template(..) | Place::TemplateKey(..) => None,
+            Place::Service(_) | Place::Template(..) | Place::TemplateKey(..) | Place::Volume(..) => None,
             Place::Var(Holder::Machine(machine), ..) => Some(machine),
             Place::Var(Holder::Template(_), ..) => None,
             Place::Machine(machine, _) | Place::Key(machine, _) | Place::Job(machine, ..) => Some(machine),
@@ -475,6 +499,7 @@ impl Place {
         match self {
             Place::Template(template, _) | Place::TemplateKey(template, _) => template.owner(),
             Place::Var(holder, ..) => holder.owner(),
+            Place::Volume(volume, _) => volume.owner,
             _ => self.machine().map_or_else(|| (registry.mount_uid(), registry.mount_gid()), |machine| machine.owner()),
         }
     }
@@ -498,7 +523,9 @@ impl Place {
             Place::Machine(_, Kind::Machine | Kind::Work) | Place::Job(_, _, Kind::Job) | Place::Ghost(..) => {
                 (Duration::ZERO, Duration::ZERO)
             }
-            Place::Var(..) | Place::Template(..) | Place::TemplateKey(..) => (Duration::ZERO, Duration::ZERO),
+            Place::Var(..) | Place::Template(..) | Place::TemplateKey(..) | Place::Volume(..) => {
+                (Duration::ZERO, Duration::ZERO)
+            }
             Place::Machine(..) | Place::Key(..) | Place::Job(..) => (FIXED, Duration::ZERO),
         }
     }

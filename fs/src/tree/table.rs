@@ -46,6 +46,9 @@ pub static TABLE: &[Row] = &[
     row(Kind::TemplateConfig, "KEY", Kind::TemplateKey, 0o600, "a value"),
     row(Kind::TemplateEnv, "VARIABLE", Kind::TemplateVar, 0o600, "a variable"),
     row(Kind::TemplateSecrets, "SECRET", Kind::TemplateSecret, 0o200, "a secret"),
+    row(Kind::Sys, "volumes", Kind::Volumes, 0o1777, "directories that outlive machines, for mounts"),
+    row(Kind::Volumes, "VOLUME", Kind::Volume, 0o700, "a volume: mkdir makes one, rmdir removes it with what is in it; echo 'volume:VOLUME' > NAME/mounts/PATH"),
+    row(Kind::Volume, "info", Kind::VolumeInfo, 0o400, "facts, one a line: name, owner, when it was made, the machines that have it mounted"),
     row(Kind::SysWait, "event", Kind::SysWaitEvent, 0o444, "streams the events of all machines from now on"),
 
     row(Kind::Machine, "ctl", Kind::Ctl, 0o600, "commands for the machine, one a line; rm ctl destroys the machine"),
@@ -68,6 +71,9 @@ pub static TABLE: &[Row] = &[
     row(Kind::Machine, "env", Kind::Env, 0o700, "environment of every job, one file a variable: write to make one, rm to remove it"),
     row(Kind::Machine, "secrets", Kind::Secrets, 0o700, "the same for what is never shown: a secret can be written, and not read"),
     row(Kind::Machine, "tags", Kind::Tags, 0o700, "labels of your own, one a file; shown in info"),
+    row(Kind::Machine, "ports", Kind::Ports, 0o700, "TCP ports of the machine that are open on the host: touch 8080 opens one, rm closes it"),
+    row(Kind::Machine, "mounts", Kind::Mounts, 0o700, "directories of the host, and volumes, in the machine: echo '/home/me/proj cow' > src, rm takes it off"),
+    row(Kind::Machine, "changes", Kind::Changes, 0o400, "what differs from the image, one line a path: A added, M modified, D deleted; a tab and the old path follow where a directory was moved"),
     row(Kind::Machine, "files", Kind::Files, 0o700, "the root directory of the machine"),
     row(Kind::Machine, "work", Kind::Work, 0o777, "a symbolic link to the working directory, in files"),
 
@@ -81,6 +87,8 @@ pub static TABLE: &[Row] = &[
     row(Kind::Env, "VARIABLE", Kind::EnvVar, 0o600, "a variable; one newline at the end is not part of it"),
     row(Kind::Secrets, "SECRET", Kind::Secret, 0o200, "a secret, sealed on the host's disk"),
     row(Kind::Tags, "TAG", Kind::Tag, 0o600, "a label"),
+    row(Kind::Ports, "PORT", Kind::Port, 0o600, "the URL at which it is reached; write a number to choose the host's port"),
+    row(Kind::Mounts, "PATH", Kind::Mount, 0o600, "a directory of the host or volume:VOLUME, and ro, rw (if you do not say) or cow; PATH is from the machine's root, %2F is a slash in it"),
 
     row(Kind::Jobs, "JOB", Kind::Job, 0o700, "a job: mkdir makes one to be set up; rmdir kills it and forgets it"),
     row(Kind::Job, "cmd", Kind::JobCmd, 0o600, "the script; writing it starts the job"),
@@ -109,6 +117,9 @@ pub fn is_named_by_user(kind: Kind) -> bool {
             | Kind::EnvVar
             | Kind::Secret
             | Kind::Tag
+            | Kind::Port
+            | Kind::Mount
+            | Kind::Volume
             | Kind::Template
             | Kind::TemplateKey
             | Kind::TemplateVar
@@ -167,7 +178,7 @@ mod tests {
             let allowed: &[u32] = match (public, row.kind.is_dir()) {
                 (_, _) if row.kind == Kind::Work => &[0o777],
                 // As /tmp: everybody makes, each removes their own.
-                (_, _) if row.kind == Kind::Templates => &[0o1777],
+                (_, _) if matches!(row.kind, Kind::Templates | Kind::Volumes) => &[0o1777],
                 (true, true) => &[0o555],
                 (true, false) => &[0o444, 0o666],
                 (false, true) => &[0o700],
@@ -184,7 +195,7 @@ mod tests {
         let design_root: HashSet<&str> =
             ["README", ".ignore", "ctl", "index", "index.json", ".sys", "NAME"].into_iter().collect();
         let design_sys: HashSet<&str> =
-            ["version", "health", "metrics", "events", "wait", "templates"].into_iter().collect();
+            ["version", "health", "metrics", "events", "wait", "templates", "volumes"].into_iter().collect();
         let design_machine: HashSet<&str> = [
             "ctl",
             ".ignore",
@@ -200,6 +211,9 @@ mod tests {
             "env",
             "secrets",
             "tags",
+            "ports",
+            "mounts",
+            "changes",
             "exec",
             "out",
             "exit",
@@ -211,7 +225,7 @@ mod tests {
         ]
         .into_iter()
         .collect();
-        let later = ["ports", "mounts", "changes", "snapshots"];
+        let later = ["snapshots"];
         assert_eq!(names(Kind::Root), design_root);
         assert_eq!(names(Kind::Sys), design_sys);
         assert_eq!(names(Kind::Machine), design_machine);

@@ -38,6 +38,8 @@ impl Setting {
             Setting::TemplateKey(template, key) => line(template.config_get(key.name)),
             Setting::Job(_, job, field) => job.field(*field),
             Setting::Argv(_, job) => job.argv(),
+            Setting::Var(Holder::Machine(machine), VarKind::Port, id) => line(machine.port_url(*id)),
+            Setting::Var(Holder::Machine(machine), VarKind::Mount, id) => line(machine.mount_text(*id)),
             Setting::Var(holder, kind, id) => {
                 holder.vars().value(*kind, *id).map(|value| [&value[..], b"\n"].concat()).unwrap_or_default()
             }

@@ -1,4 +1,4 @@
-//! `NAME/env`, `NAME/secrets`, `NAME/tags`, and those of templates: files that users make, each with one value.
+//! `NAME/env`, `NAME/secrets`, `NAME/tags`, `NAME/ports`, `NAME/mounts`, and those of templates: files that users make, each with one value.
 
 use super::node::{Control, Kind, MAX_SUB};
 use super::ops::Caller;
@@ -59,7 +59,12 @@ impl Holder {
     /// EACCES, EINVAL for a bad name, EEXIST, EMFILE.
     pub fn create(&self, caller: Caller, kind: VarKind, name: &[u8]) -> Result<u32, MachineError> {
         self.check_owner(caller)?;
-        self.vars().create(kind, name).inspect_err(|error| {
+        let made = match (self, kind) {
+            (Holder::Machine(machine), VarKind::Port) => machine.open_port(caller, name),
+            (Holder::Machine(machine), VarKind::Mount) => machine.add_mount(name),
+            _ => self.vars().create(kind, name),
+        };
+        made.inspect_err(|error| {
             if let Holder::Machine(machine) = self {
                 let shown = String::from_utf8_lossy(name);
                 machine.record_error("create", error.errno(), &error.to_string(), &shown);
@@ -79,6 +84,8 @@ impl Holder {
                 VarKind::Secret => machine.tell("secret", &[("set", &name)]),
                 // Not its value: the log of all machines is open to everybody.
                 VarKind::Tag => machine.tell("tag", &[("set", &name)]),
+                // They tell it themselves.
+                VarKind::Port | VarKind::Mount | VarKind::Volume => {}
             }
         }
         Ok(())
@@ -103,12 +110,17 @@ impl Holder {
     /// EACCES.
     pub fn remove(&self, caller: Caller, kind: VarKind, id: u32) -> Result<(), MachineError> {
         self.check_owner(caller)?;
+        if let (Holder::Machine(machine), VarKind::Port) = (self, kind) {
+            machine.close_port(id);
+            return Ok(());
+        }
         let name = self.vars().name(kind, id);
         if let (true, Holder::Machine(machine), Some(name)) = (self.vars().remove(kind, id), self, name) {
             let verb = match kind {
                 VarKind::Env => "env",
                 VarKind::Secret => "secret",
                 VarKind::Tag => "tag",
+                VarKind::Port | VarKind::Mount | VarKind::Volume => return Ok(()),
             };
             machine.tell(verb, &[("removed", &name)]);
         }
@@ -128,6 +140,8 @@ pub fn of_kind(kind: Kind) -> Option<VarKind> {
         Kind::EnvVar | Kind::TemplateVar => VarKind::Env,
         Kind::Secret | Kind::TemplateSecret => VarKind::Secret,
         Kind::Tag => VarKind::Tag,
+        Kind::Port => VarKind::Port,
+        Kind::Mount => VarKind::Mount,
         _ => return None,
     })
 }

@@ -72,6 +72,22 @@ fn normal(target: &Path) -> io::Result<PathBuf> {
     Ok(path)
 }
 
+/// Where a mount of that target is in a machine: without `.` and doubled slashes.
+///
+/// # Errors
+/// `InvalidInput` where nothing can be mounted.
+pub fn canonical_target(target: &Path) -> io::Result<PathBuf> {
+    normal(target)
+}
+
+/// Where file systems of machinefs are mounted, whoever's they are: what is there must not be walked into by a daemon.
+///
+/// # Errors
+/// Those of reading proc_pid_mountinfo(5).
+pub fn own_mounts() -> io::Result<Vec<PathBuf>> {
+    Ok(super::mountinfo::fuse_mounts_in(&fs::read("/proc/self/mountinfo")?, None))
+}
+
 /// Every step of the way to a target, with its last name.
 fn steps(target: &Path) -> io::Result<Vec<(CString, CString)>> {
     let mut all = Vec::new();

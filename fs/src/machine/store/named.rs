@@ -83,12 +83,12 @@ pub fn templates(db: &Connection) -> Result<Vec<TemplateRow>, MachineError> {
     Ok(rows)
 }
 
-/// Forgets what was set for a machine or template while that was being forgotten itself.
+/// Forgets what was set for a machine or template while that was being forgotten itself. Slot 0 is the service.
 pub fn drop_orphans(db: &Connection) -> Result<(), MachineError> {
     for table in ["config", "var"] {
         db.execute(
             &format!(
-                "DELETE FROM {table} WHERE slot NOT IN (SELECT slot FROM machine UNION SELECT slot FROM template)"
+                "DELETE FROM {table} WHERE slot <> 0 AND slot NOT IN (SELECT slot FROM machine UNION SELECT slot FROM template)"
             ),
             [],
         )?;

@@ -246,7 +246,7 @@ impl FileService {
     }
 
     /// Gives up the cached descriptors of mounts other than the root's, which would keep the guest from unmounting
-    /// them (EBUSY). Cheap; call it every second or so, and when there is nothing to do.
+    /// them (EBUSY). Cheap; called for each ping, so every few seconds.
     pub fn trim(&self) {
         let root = self.table.root().mount();
         self.cache.retain(|node| node.mount() == root);

@@ -57,7 +57,11 @@ impl Connection {
         let jobs = self.server.jobs();
         let plain = |reply| Ok((reply, Vec::new()));
         match request {
-            Request::Ping => plain(Reply::Ok),
+            Request::Ping => {
+                // Also asked before the host unmounts something here.
+                self.server.files().trim();
+                plain(Reply::Ok)
+            }
             Request::File(request) => match self.server.files().handle(request, body, state) {
                 Ok((reply, body)) => Ok((Reply::File(reply), body)),
                 Err(error) => Err(error.into()),
