@@ -4,6 +4,7 @@ use machinefs_tests::user::{self, lookup};
 use machinefs_tests::{Daemon, Machine, User, each_user, each_user_alone, eventually, shared, skip};
 use std::io::{ErrorKind, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::sync::atomic::{AtomicU16, Ordering};
 use std::time::Duration;
 
 /// A client that waits for nothing without bound.
@@ -21,6 +22,15 @@ fn at(m: &Machine<'_>, port: u16) -> SocketAddr {
     let url = text.strip_suffix('\n').unwrap_or_else(|| panic!("one line: {text:?}"));
     let address = url.strip_prefix("http://").unwrap_or_else(|| panic!("a URL: {url}"));
     address.parse().unwrap_or_else(|_| panic!("an address: {url}"))
+}
+
+/// Opens a port of the machine on one of the host that no other test is given: what it frees stays free.
+#[track_caller]
+fn expose(m: &Machine<'_>, port: u16) -> SocketAddr {
+    static LAST: AtomicU16 = AtomicU16::new(0);
+    let number = 20_000 + (std::process::id() % 200) as u16 * 50 + LAST.fetch_add(1, Ordering::Relaxed);
+    m.bash(&format!("echo {number} > $D/ports/{port}")).ok();
+    at(m, port)
 }
 
 /// Starts a Python program in the machine, as a job that goes on. `listener` listens at port 8080 of its loopback.
@@ -88,8 +98,9 @@ each_user! {
                            else: break\n\
                        assert body.decode().strip() == D, body\n";
             m.python(get).ok();
-            let url = at(&m, 8080);
-            assert!(url.ip().is_loopback());
+            assert!(at(&m, 8080).ip().is_loopback());
+            let url = expose(&m, 8080);
+            assert!(connect(url).is_ok());
             m.sh(shell, "rm $D/ports/8080; ! test -e $D/ports/8080; test -z \"$(ls $D/ports)\"").ok();
             assert_eq!(connect(url).expect_err("it is closed").kind(), ErrorKind::ConnectionRefused);
         }
@@ -267,8 +278,7 @@ each_user! {
     fn with_the_machine(d) {
         let m = d.create("life", "autostart=no");
         m.until_status("stopped");
-        m.bash("touch $D/ports/8080").ok();
-        let url = at(&m, 8080);
+        let url = expose(&m, 8080);
         assert_eq!(connect(url).expect_err("it is stopped").kind(), ErrorKind::ConnectionRefused);
         m.ctl("start").ok();
         m.until_running();
@@ -291,6 +301,7 @@ each_user! {
         assert_ne!(other, url);
         assert!(m.read("errors").contains(&format!("it is reached by http://{other} now")), "{}", m.read("errors"));
         drop(taken);
+        let other = expose(&m, 8080);
         serve(&m, ECHO);
         let mut open = connect(other).expect("a connection");
         open.write_all(b"x").expect("a byte");
@@ -313,7 +324,7 @@ each_user! {
             m.ctl("stop").ok();
             m.until_status("stopped");
             m.bash("echo 'python3 /root/echo.py' > $D/config/command; echo start > $D/ctl; cat $D/wait/running").ok();
-            let url = at(&m, 8080);
+            let url = expose(&m, 8080);
             let line = |text: &[u8]| answer(url, text);
             assert!(eventually(60, || line(b"up\n").is_ok_and(|back| back == b"up\n")), "{}", m.read("history"));
             // Traffic keeps it awake longer than it may be unused.
@@ -347,9 +358,9 @@ each_user_alone! {
     fn they_outlive_the_daemon(user) {
         let d = Daemon::start(user);
         let m = d.running("crash");
-        m.bash("touch $D/ports/8080 $D/ports/8081; stat -c %i $D/ports/* > $T/before").ok();
+        let (url, other) = (expose(&m, 8080), expose(&m, 8081));
+        m.bash("stat -c %i $D/ports/* > $T/before").ok();
         serve(&m, ECHO);
-        let (url, other) = (at(&m, 8080), at(&m, 8081));
         d.kill();
         assert_eq!(connect(url).expect_err("no daemon").kind(), ErrorKind::ConnectionRefused);
         let taken = TcpListener::bind(other).expect("it is free");
