@@ -113,7 +113,13 @@ each_user! {
         waits_for(&m, "command");
         m.ctl("start").ok();
         m.until_running();
-        assert!(eventually(40, || d.exec(&["grep", "-q", "state running", &m.path("jobs/main/status")]).code == 0));
+        let main_runs = || d.exec(&["grep", "-q", "state running", &m.path("jobs/main/status")]).code == 0;
+        assert!(eventually(40, main_runs));
+        // It ends with a restart of the machine, which is no reason to stop that.
+        let init = m.info("pid");
+        m.ctl("restart").ok();
+        let anew = eventually(60, || m.status() == "running" && m.info("pid") != init && main_runs());
+        assert!(anew, "{} {}", m.status(), m.read("events"));
     }
 }
 

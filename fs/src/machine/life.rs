@@ -260,6 +260,10 @@ impl Machine {
         let policy = self.config_get("restart").unwrap_or_default();
         let again = policy == "always" || (policy == "on-failure" && code != 0);
         self.say("command", &[("exit", &code.to_string()), ("restart", if again { "yes" } else { "no" })]);
+        // On its way down, or up again (restart), it ends with the machine: that is no reason for anything.
+        if self.state() != State::Running {
+            return;
+        }
         if !again {
             // Refused only where it is on its way down already.
             let _ = self.fire_because(Event::Stop, "its command has ended");
