@@ -61,6 +61,7 @@ pub(super) fn enter(
         silence: Silence::default(),
         seeking: AtomicU64::new(0),
         adopting: AtomicBool::new(false),
+        cloning: AtomicBool::new(false),
         jobs: Jobs::new(weak.clone(), jobs_dir),
         vars: Vars::load(row.slot, row.vars, shared.store.clone(), shared.vault.clone()),
         delivery: Delivery::default(),

@@ -6,6 +6,7 @@ mod start;
 mod table;
 
 use super::Machine;
+use super::clone::CLONE;
 use super::error::MachineError;
 use super::job::{Job, Phase, Script};
 use super::state::State;
@@ -216,7 +217,8 @@ impl Jobs {
     pub fn newest(&self) -> Option<Arc<Job>> {
         let table = self.table.lock();
         let mut newest_first = table.jobs.values().rev();
-        let given = newest_first.find(|job| job.name() != Some(MAIN) && !job.is_being_set_up());
+        let of_user = |job: &&Arc<Job>| ![Some(MAIN), Some(CLONE)].contains(&job.name()) && !job.is_being_set_up();
+        let given = newest_first.find(of_user);
         given.or_else(|| table.names.get(MAIN).and_then(|number| table.jobs.get(number))).cloned()
     }
 
@@ -470,6 +472,19 @@ impl Jobs {
         }
     }
 
+    /// Starts what was held back.
+    pub(super) fn start_queued(&self, machine: &Arc<Machine>) {
+        let (link, queued) = {
+            let table = self.table.lock();
+            let queued = table.jobs.values().filter(|job| job.phase() == Phase::Queued).cloned();
+            (table.link.clone(), queued.collect::<Vec<_>>())
+        };
+        let Some(link) = link else { return };
+        for job in queued {
+            start(machine, &link, &job);
+        }
+    }
+
     fn lose(&self, machine: &Arc<Machine>, job: &Arc<Job>, why: &str) {
         self.finish(machine, job, Phase::Lost(why.to_string()));
     }
@@ -487,8 +502,10 @@ impl Jobs {
         machine.used();
         let ran = job.ran();
         machine.count_job(u64::try_from(ran.as_millis()).unwrap_or(u64::MAX));
-        if let (Some(MAIN), Some(Ok(code))) = (job.name(), job.exit()) {
-            machine.main_ended(code, ran);
+        match (job.name(), job.exit()) {
+            (Some(MAIN), Some(Ok(code))) => machine.main_ended(code, ran),
+            (Some(CLONE), end) => machine.clone_ended(job, end.and_then(Result::ok)),
+            _ => {}
         }
         let surplus = {
             let mut table = self.table.lock();
@@ -513,10 +530,12 @@ fn valid_name(name: &[u8]) -> Result<&str, MachineError> {
             && name.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"-_.".contains(&byte))
             && name.starts_with(|first: char| first.is_ascii_alphanumeric())
             && !name.bytes().all(|byte| byte.is_ascii_digit())
-            && *name != MAIN
+            && ![MAIN, CLONE].contains(name)
     };
     std::str::from_utf8(name).ok().filter(valid).ok_or_else(|| {
-        MachineError::invalid("a job's name is letters, digits, - _ and ., not a number alone, and not main")
+        MachineError::invalid(
+            "a job's name is letters, digits, - _ and ., not a number alone, and neither main nor clone",
+        )
     })
 }
 

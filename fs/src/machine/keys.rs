@@ -29,6 +29,8 @@ pub enum Kind {
     Span,
     /// Names of programs, or `*`.
     Programs,
+    /// A git repository's address, without a password in it.
+    Repository,
 }
 
 /// When a change takes effect.
@@ -100,7 +102,7 @@ keys! {
     "pids" Kind::Count, "4096", NextStart, ALL, "processes at once";
     "protect" Kind::Flag, "no", Now, ALL, "yes: refuse every way of destroying it";
     "region" Kind::Text, "default", AtCreation, FLY, "where it is";
-    "repo" Kind::Text, "none", AtCreation, ALL, "a git repository, cloned into workdir at the first boot";
+    "repo" Kind::Repository, "none", AtCreation, ALL, "a git repository, cloned into workdir at the first boot";
     "restart" Kind::Word(&["no", "on-failure", "always"]), "no", Now, ALL, "whether command, or a machine that was lost, is started again";
     "shell" Kind::Path, "default", Now, ALL, "what runs the texts of exec; default: bash where there is one, else sh";
     "size" Kind::Text, "default", AtCreation, FLY, "the provider's name for cpus and memory";
@@ -117,6 +119,16 @@ fn valid_hostname(text: &str) -> bool {
             && label.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'-')
     };
     text.len() <= 64 && text.split('.').all(label)
+}
+
+/// Whether git can clone it, and it has no secret in it: it is shown in `config/`, events and `history`.
+fn valid_repository(text: &str) -> bool {
+    let secret = text.split_once("://").is_some_and(|(scheme, rest)| {
+        let user = rest.split('/').next().and_then(|authority| authority.rsplit_once('@')).map(|(user, _)| user);
+        // With https, a token can stand alone before the @.
+        user.is_some_and(|user| user.contains(':') || scheme.starts_with("http"))
+    });
+    !text.is_empty() && !text.starts_with('-') && !secret && !text.contains(char::is_whitespace)
 }
 
 impl ConfigKey {
@@ -146,6 +158,7 @@ impl ConfigKey {
             Kind::Path => value.starts_with('/'),
             Kind::Span => parse_time(value).is_some_and(|time| time.is_none_or(|time| !time.is_zero())),
             Kind::Programs => Allowed::parse(value).is_some(),
+            Kind::Repository => valid_repository(value),
         };
         if ok {
             return Ok(());
@@ -161,6 +174,9 @@ impl ConfigKey {
             Kind::Hostname => "a host name of letters, digits, - and .".into(),
             Kind::Path => "an absolute path, or default".into(),
             Kind::Span => "a time above zero as 30s, 5m, 2h or 1d, or none".into(),
+            Kind::Repository => {
+                "a git repository, without a password in its address (a token goes to secrets/GITHUB_TOKEN)".into()
+            }
             Kind::Programs => "names or exact paths of programs, separated by blanks, or *".into(),
         })
     }
@@ -194,6 +210,7 @@ impl ConfigKey {
             Kind::Hostname => "name".into(),
             Kind::Path => "path".into(),
             Kind::Programs => "names".into(),
+            Kind::Repository => "address".into(),
         }
     }
 }

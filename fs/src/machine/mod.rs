@@ -2,7 +2,8 @@
 //! or of FUSE.
 
 pub mod changes;
-pub mod command;
+pub mod clone;
+mod command;
 pub mod config;
 mod enter;
 pub mod error;
@@ -137,6 +138,8 @@ pub struct Machine {
     seeking: AtomicU64,
     /// It runs, and its agent is sought for the first time since the daemon began.
     adopting: AtomicBool,
+    /// Jobs wait for the repository to be cloned.
+    cloning: AtomicBool,
     jobs: Jobs,
     vars: Vars,
     delivery: secrets::Delivery,

@@ -149,8 +149,10 @@ async fn boot(machine: &Arc<Machine>) -> Result<(), MachineError> {
     machine.mounts_up(&spec.mounts).await;
     watch_end(machine, run);
     let _ = machine.fire(Event::Booted);
+    machine.expect_clone(true);
     // Only now: a machine written down as booting has started no job.
     machine.jobs.connected(machine, &link).await;
+    machine.start_clone();
     machine.start_main();
     if machine.link().is_none() {
         reconnect_behind(machine, run);
@@ -474,6 +476,7 @@ async fn take_over(machine: &Arc<Machine>, known: mpsc::Sender<()>) -> Option<Ac
         }
         machine.adopting.store(false, Ordering::Release);
         machine.wake_watchers();
+        machine.expect_clone(was == State::Booting);
         if let Some(link) = &link {
             machine.jobs.connected(machine, link).await;
         } else if was != State::Booting {
@@ -489,6 +492,7 @@ async fn take_over(machine: &Arc<Machine>, known: mpsc::Sender<()>) -> Option<Ac
             watch_end(machine, run);
             let _ = machine.fire(Event::Booted);
             machine.say("adopted", &[]);
+            machine.start_clone();
             machine.resume_main();
             if machine.link().is_none() {
                 reconnect_behind(machine, run);

@@ -44,6 +44,8 @@ pub struct Setup {
     pub input: bool,
     /// It was not started yet.
     pub open: bool,
+    /// It is the machine's own: what users may run is not asked.
+    pub own: bool,
 }
 
 impl Setup {

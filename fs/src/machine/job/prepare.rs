@@ -72,6 +72,13 @@ impl Job {
         self.change(|setup| setup.set_argv(value).map(|()| setup.argv_line()))
     }
 
+    /// Gives a job of the machine's own its program: no list of allowed ones is for it.
+    pub(in super::super) fn give_argv(&self, argv: Vec<Vec<u8>>) {
+        let mut inner = self.inner.lock();
+        inner.setup.argv = argv;
+        inner.setup.own = true;
+    }
+
     fn open_setup(&self) -> Result<Setup, MachineError> {
         let setup = self.setup();
         if setup.open { Ok(setup) } else { Err(started()) }
