@@ -16,7 +16,7 @@ pub(super) const CLONE: &str = "clone";
 /// The file in the machine's directory that says that it was done.
 const DONE: &str = "cloned";
 /// How often its progress is looked at.
-const LOOK: Duration = Duration::from_millis(300);
+const LOOK: Duration = Duration::from_millis(100);
 /// Bytes of its output looked at.
 const PIECE: usize = 64 * 1024;
 
@@ -117,7 +117,8 @@ impl Machine {
         self.shared.runtime.spawn(async move {
             let mut reader = job.reader(Output::Stderr);
             let mut told = (String::new(), 0);
-            while machine.state() == State::Running {
+            // Its end is told elsewhere, and is the last of it.
+            while machine.state() == State::Running && !job.is_done() {
                 match reader.next(PIECE) {
                     Ok(Chunk::Data(data)) => {
                         let text = String::from_utf8_lossy(&data);

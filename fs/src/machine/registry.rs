@@ -266,10 +266,11 @@ impl Registry {
         overrides: Vec<(String, String)>,
         done: Box<dyn FnOnce(Result<Arc<Machine>, MachineError>) + Send>,
     ) {
+        let has_values = !overrides.is_empty();
         let row = match self.reserve(caller, name, overrides) {
             Ok(row) => row,
             Err(error) => {
-                self.tell_refusal(caller, name, &error);
+                self.tell_refusal(caller, name, &error, has_values);
                 return done(Err(error));
             }
         };
@@ -299,13 +300,18 @@ impl Registry {
         );
     }
 
-    /// mkdir has no room for a reason: it stands in `.sys/events`.
-    fn tell_refusal(&self, caller: Caller, name: &str, error: &MachineError) {
+    /// mkdir has no room for a reason: it stands in `.sys/events`. That of a `create` with values can be read where it
+    /// was written, and may quote a value, which is nobody else's business.
+    fn tell_refusal(&self, caller: Caller, name: &str, error: &MachineError, has_values: bool) {
         self.shared.counters.refused.fetch_add(1, Ordering::Relaxed);
         // A name that cannot be one is not shown as one.
         let shown = if self.check_name(caller, name).is_ok() { name } else { "-" };
         let (uid, errno, why) = (caller.uid.to_string(), error.errno().name(), error.to_string());
-        self.shared.events.say(0, shown, None, "refused", &[("uid", &uid), ("errno", &errno), ("why", &why)]);
+        let mut details = vec![("uid", uid.as_str()), ("errno", &errno)];
+        if !has_values {
+            details.push(("why", &why));
+        }
+        self.shared.events.say(0, shown, None, "refused", &details);
     }
 
     fn check_name(&self, caller: Caller, name: &str) -> Result<(), MachineError> {

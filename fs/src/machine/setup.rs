@@ -54,6 +54,11 @@ impl Setup {
         Setup { open: true, ..Setup::default() }
     }
 
+    /// Of a job of the machine's own. It starts where every machine has something.
+    pub(super) fn own(argv: Vec<Vec<u8>>) -> Setup {
+        Setup { argv, cwd: b"/".to_vec(), own: true, ..Setup::default() }
+    }
+
     /// Sets a value.
     ///
     /// # Errors

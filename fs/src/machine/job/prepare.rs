@@ -74,9 +74,7 @@ impl Job {
 
     /// Gives a job of the machine's own its program: no list of allowed ones is for it.
     pub(in super::super) fn give_argv(&self, argv: Vec<Vec<u8>>) {
-        let mut inner = self.inner.lock();
-        inner.setup.argv = argv;
-        inner.setup.own = true;
+        self.inner.lock().setup = Setup::own(argv);
     }
 
     fn open_setup(&self) -> Result<Setup, MachineError> {
