@@ -194,6 +194,41 @@ each_user! {
 }
 
 each_user! {
+    /// What a job that has ended left behind goes with `kill`, and with its directory.
+    fn what_is_left_behind_goes_too(d) {
+        let m = d.running("behind");
+        let left = || m.guest("pgrep -c -f 'sleep 765[0-9]' || true").parse::<usize>().unwrap_or(9);
+        for end in ["echo kill > $D/jobs/b/ctl; rmdir $D/jobs/b", "rmdir $D/jobs/b"] {
+            m.bash("mkdir $D/jobs/b; echo 'setsid sleep 7651 >/dev/null 2>&1 & exit 4' > $D/jobs/b/cmd; test $(cat $D/jobs/b/exit) = 4").ok();
+            assert!(eventually(20, || left() == 1), "{} run", left());
+            m.bash(end).ok();
+            assert!(eventually(20, || left() == 0), "{} are left", left());
+        }
+    }
+}
+
+each_user_alone! {
+    /// `machinefs exec` goes on over a crash of the daemon, with its input to the end.
+    fn the_exec_command_over_a_crash(user) {
+        let d = machinefs_tests::Daemon::start(user);
+        let m = d.running("over");
+        let program = d.program();
+        let script = format!("(echo a; until [ -e $T/go ]; do sleep 0.1; done; echo b; echo c) | {} exec $D -- sh -c 'cat; echo end; exit 5'", program.display());
+        let command = m.spawn_bash(&format!("set -o pipefail; {script}"));
+        assert!(eventually(20, || m.bash("grep -l 'state running' $D/jobs/exec-*/status").code == 0));
+        d.crash();
+        std::fs::write(d.tmp().join("go"), "").expect("a file");
+        let outcome = command.wait(60);
+        assert_eq!((outcome.code, outcome.text().as_str()), (5, "a\nb\nc\nend"), "{}", outcome.words());
+        // A machine that goes is told at once, and is no restart.
+        let gone = m.spawn_bash(&format!("exec {} exec -n $D -- sleep 1000", program.display()));
+        assert!(eventually(20, || m.bash("grep -l 'state running' $D/jobs/exec-*/status").code == 0));
+        m.bash("rmdir $D").ok();
+        assert_eq!(gone.wait(15).code, 125);
+    }
+}
+
+each_user! {
     /// A time is in the unit it says, and kills the descendants too: exit 124, and the status says so.
     fn timeouts(d) {
         let m = d.running("timeout");

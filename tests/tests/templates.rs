@@ -99,7 +99,10 @@ fn another_user() {
     sh("rmdir open").fails();
     sh("mkdir mine; echo m > mine/env/M; echo 5m > mine/config/boot_timeout").ok();
     sh("echo 'create mine.a autostart=no' > ../../ctl; test \"$(cat ../../mine.a/env/M)\" = m").ok();
-    sh("echo 'create open.a autostart=no' > ../../ctl; test \"$(cat ../../open.a/env/V)\" = v; ls ../../open.a/secrets | grep -qx S").ok();
+    sh("echo 'create open.a autostart=no' > ../../ctl; test \"$(cat ../../open.a/env/V)\" = v; test -z \"$(ls ../../open.a/secrets)\"").ok();
+    // Its owner has the secret, and does not begin with what others' templates say.
+    d.bash("echo 'create open.b autostart=no' > ctl; ls open.b/secrets | grep -qx S; rmdir open.b").ok();
+    d.bash("mkdir mine.b").fails_with("No such file or directory");
     assert_eq!(d.exec(&["cat", &path("mine/env/M")]).ok().text(), "m", "root may");
     sh("rm -r mine; test ! -e mine; rmdir ../../mine.a ../../open.a").ok();
 }

@@ -64,6 +64,10 @@ fn destroy_all_is_of_the_callers_machines() {
     d.exec_as(&other, &["bash", "-c", script]).ok();
     assert_eq!(m.status(), "running");
     m.guest("true");
+    // Root's too.
+    d.exec_as(&other, &["bash", "-c", "set -e; cd $M; mkdir theirs; cat theirs/wait/running"]).ok();
+    d.bash("echo 'stop all' > ctl; echo 'destroy all' > ctl; test ! -e $(ls | grep stays || echo none)").ok();
+    assert_eq!(d.exec_as(&other, &["bash", "-c", "cat $M/theirs/status; rmdir $M/theirs"]).ok().text(), "running");
 }
 
 /// The daemon's own files are closed to others: state directory, sockets, spools.

@@ -17,6 +17,8 @@ const COLUMNS: u16 = 80;
 const DETACH: [u8; 2] = [0x10, 0x11];
 /// The command where none is given: the user's shell, as at a login.
 const SHELL: &[u8] = b"exec \"${SHELL:-/bin/sh}\" -l\n";
+/// How the names of its jobs begin.
+const PREFIX: &str = "attach";
 /// What is returned when attaching itself fails.
 const FAILED: u8 = 125;
 
@@ -58,12 +60,15 @@ fn run(args: &AttachArgs) -> Result<u8, String> {
     let machine = machine_dir(&args.machine)?;
     let job = match &args.job {
         Some(name) => Arc::new(Job::open(&machine, name)?),
-        None => Arc::new(Job::create(&machine, "attach")?),
+        None => Arc::new(Job::create(&machine, PREFIX)?),
     };
     let end = if args.job.is_none() { start(args, &job) } else { Ok(()) }.and_then(|()| serve(&job));
     match end {
         Ok(End::Exit(code)) => {
-            job.remove();
+            // One that was made by other means is for whoever made it to remove.
+            if job.name().starts_with(PREFIX) {
+                job.remove();
+            }
             Ok(code)
         }
         Ok(End::Detached) => {

@@ -90,7 +90,9 @@ impl Job {
             match input.write(bytes) {
                 Ok(count) => bytes = bytes.get(count..).unwrap_or_default(),
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) if is_restart(&error) && lost_at.get_or_insert_with(Instant::now).elapsed() < RESTART => {
+                Err(error)
+                    if self.is_restart(&error) && lost_at.get_or_insert_with(Instant::now).elapsed() < RESTART =>
+                {
                     std::thread::sleep(Duration::from_millis(200));
                     if let Ok(again) = self.input() {
                         *input = again;
@@ -102,6 +104,30 @@ impl Job {
         Ok(())
     }
 
+    /// Ends its input.
+    pub fn end_input(&self) -> Result<(), String> {
+        let begun = Instant::now();
+        loop {
+            match self.ctl("eof") {
+                Err(error) if self.is_restart(&error) && begun.elapsed() < RESTART => {
+                    std::thread::sleep(Duration::from_millis(200));
+                }
+                ended => return ended.map_err(|error| format!("{}: {error}", self.path("ctl").display())),
+            }
+        }
+    }
+
+    /// Whether a file says that its daemon is away: dead, or not mounted again yet. Where the tree answers, what is not
+    /// there is gone.
+    fn is_restart(&self, error: &io::Error) -> bool {
+        match error.raw_os_error() {
+            Some(libc::ENOTCONN | libc::ECONNABORTED | libc::ENODEV) => true,
+            // Its directory is MOUNT/MACHINE/jobs/JOB.
+            Some(libc::ENOENT) => !self.dir.ancestors().nth(3).is_some_and(|mount| mount.join("README").exists()),
+            _ => false,
+        }
+    }
+
     /// Copies a stream of its output to its end; goes on where it was when the daemon comes back meanwhile.
     pub fn copy_output(&self, file: &str, to: &mut dyn Write) -> io::Result<()> {
         let path = self.path(file);
@@ -111,7 +137,7 @@ impl Job {
         loop {
             match copy_from(&path, given, to, &mut buffer) {
                 Ok(()) => return Ok(()),
-                Err((position, error)) if is_restart(&error) => {
+                Err((position, error)) if self.is_restart(&error) => {
                     if position > given || lost_at.is_none() {
                         lost_at = Some(Instant::now());
                     }
@@ -169,11 +195,6 @@ fn copy_from(path: &Path, from: u64, to: &mut dyn Write, buffer: &mut [u8]) -> R
             given += new.len() as u64;
         }
     }
-}
-
-/// What a file says whose daemon is away: dead, or not mounted again yet.
-fn is_restart(error: &io::Error) -> bool {
-    matches!(error.raw_os_error(), Some(libc::ENOTCONN | libc::ECONNABORTED | libc::ENODEV | libc::ENOENT))
 }
 
 /// An error of a machine, with what can be done about it.

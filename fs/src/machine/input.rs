@@ -190,12 +190,17 @@ impl Input {
 }
 
 impl State {
+    /// Where what is kept ends. The agent may claim any offset.
+    fn end(&self) -> u64 {
+        self.base.saturating_add(self.kept.len() as u64)
+    }
+
     /// Sends what may be sent.
     fn pump(&mut self) {
         let Some(stream) = &self.stream else { return };
         let Some(link) = stream.link.upgrade() else { return };
         let (tag, again) = (stream.tag, stream.again.clone());
-        let end = self.base + self.kept.len() as u64;
+        let end = self.end();
         while self.sent < end.min(self.allowed) {
             let from = (self.sent - self.base) as usize;
             let len = PIECE.min((end.min(self.allowed) - self.sent) as usize);
@@ -206,7 +211,7 @@ impl State {
                 link.give_up(tag);
                 return again();
             }
-            self.sent += len as u64;
+            self.sent = self.sent.saturating_add(len as u64);
         }
         if self.ended && !self.end_sent && self.sent == end {
             self.end_sent = link.send_end(tag).is_ok();
@@ -217,7 +222,7 @@ impl State {
     fn read_up_to(&mut self, offset: u64) {
         let read = offset.min(self.sent).saturating_sub(self.base) as usize;
         self.kept.drain(..read.min(self.kept.len()));
-        self.base += read as u64;
+        self.base = self.base.saturating_add(read as u64);
     }
 }
 
@@ -237,7 +242,7 @@ impl DuplexSink for Feed {
                 // What was written here goes behind what an earlier daemon has sent.
                 state.base = *offset;
             }
-            let offset = (*offset).clamp(state.base, state.base + state.kept.len() as u64);
+            let offset = (*offset).clamp(state.base, state.end());
             state.sent = offset;
             state.allowed = offset.saturating_add(*credit);
             state.end_sent = *ended;

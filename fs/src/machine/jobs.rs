@@ -281,6 +281,12 @@ impl Jobs {
     pub fn remove(&self, number: u64) -> Result<(), MachineError> {
         let machine = self.machine()?;
         let job = self.get(number).ok_or_else(|| MachineError::not_found(format!("no job {number}")))?;
+        // What it left behind goes too; one that runs is killed when the agent is to forget it.
+        let link = self.table.lock().link.clone();
+        if let Some(link) = link.filter(|_| job.is_done()) {
+            let request = Request::JobSignal { job: number, signal: libc::SIGKILL, all: true };
+            link.request(&request, &[], RequestOptions::within(link.op_deadline()), Box::new(|_| {}));
+        }
         if !job.is_done() {
             self.lose(&machine, &job, "it was removed");
         }

@@ -126,7 +126,7 @@ fn valid_repository(text: &str) -> bool {
     let secret = text.split_once("://").is_some_and(|(scheme, rest)| {
         let user = rest.split('/').next().and_then(|authority| authority.rsplit_once('@')).map(|(user, _)| user);
         // With https, a token can stand alone before the @.
-        user.is_some_and(|user| user.contains(':') || scheme.starts_with("http"))
+        user.is_some_and(|user| user.contains(':') || scheme.starts_with("http")) || rest.contains('?')
     });
     !text.is_empty() && !text.starts_with('-') && !secret && !text.contains(char::is_whitespace)
 }

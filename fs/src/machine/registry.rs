@@ -10,7 +10,7 @@ use super::state::State;
 use super::store::{self, MachineRow, Store};
 use super::templates::{DEFAULT, Template, Templates};
 use super::textlog::TextLog;
-use super::vars::VarRow;
+use super::vars::{VarKind, VarRow};
 use super::vault::Vault;
 use super::volumes::Volumes;
 use super::{Machine, config};
@@ -374,7 +374,7 @@ impl Registry {
             template: template.name().to_string(),
             idle: false,
             jobs: (0, 0),
-            vars: merged(general.as_deref(), &template),
+            vars: merged(caller, general.as_deref(), &template),
         })
     }
 
@@ -510,11 +510,14 @@ impl Registry {
     }
 }
 
-/// What a machine has from its templates: of two of one name, that of its own template.
-fn merged(general: Option<&Template>, template: &Template) -> Vec<VarRow> {
+/// What a machine of this user has from its templates: of two of one name, that of its own template. Secrets are for
+/// machines of the template's owner alone: another's could print them.
+fn merged(caller: Caller, general: Option<&Template>, template: &Template) -> Vec<VarRow> {
     let mut all = BTreeMap::new();
     for source in general.into_iter().chain([template]) {
-        all.extend(source.vars().rows().into_iter().map(|row| ((row.kind, row.name.clone()), row)));
+        let rows = source.vars().rows().into_iter();
+        let shared = rows.filter(|row| row.kind != VarKind::Secret || source.is_of(caller));
+        all.extend(shared.map(|row| ((row.kind, row.name.clone()), row)));
     }
     (1..).zip(all.into_values()).map(|(id, row)| VarRow { id, ..row }).collect()
 }

@@ -121,9 +121,9 @@ impl Setup {
         if row.is_empty() { Setup::default() } else { postcard::from_bytes(row).unwrap_or_default() }
     }
 
-    /// Whether variables were set for it alone.
+    /// Whether variables were set for it alone, but for the terminal's name.
     pub fn has_environment(&self) -> bool {
-        !self.env.is_empty()
+        self.env.iter().any(|variable| !variable.starts_with(b"TERM="))
     }
 
     /// Whether it has a terminal.

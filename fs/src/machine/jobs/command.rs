@@ -101,10 +101,11 @@ impl Jobs {
                 Ok(None)
             }
             Phase::Queued => Err(MachineError::busy("the job waits for the machine")),
-            Phase::Ended(_) | Phase::Lost(_) if ends && !job.is_at_agent() => Ok(None),
-            Phase::Lost(why) => Err(MachineError::busy(format!("the job was lost: {why}"))),
+            Phase::Lost(why) if !ends => Err(MachineError::busy(format!("the job was lost: {why}"))),
             // What it has left behind may still be there.
-            Phase::Ended(_) if !job.is_at_agent() => Err(MachineError::busy("the job has ended")),
+            Phase::Ended(_) if !ends && !job.is_at_agent() => Err(MachineError::busy("the job has ended")),
+            // With the machine, all that it left behind has gone.
+            Phase::Ended(_) | Phase::Lost(_) if !machine.state().takes_jobs() => Ok(None),
             _ => {
                 let link = self.table.lock().link.clone();
                 link.map(Some).ok_or_else(|| machine.down_error())
