@@ -204,7 +204,7 @@ pub(super) fn forget(link: &Arc<Link>, job: u64, gone: impl FnOnce() + Send + 's
 
 /// Has the agent send a job's output, from where we are.
 pub(super) fn attach(machine: &Arc<Machine>, link: &Arc<Link>, job: &Arc<Job>) {
-    let sink = Arc::new(Output { machine: Arc::downgrade(machine), job: job.clone() });
+    let sink = Arc::new(Output { machine: Arc::downgrade(machine), link: Arc::downgrade(link), job: job.clone() });
     link.attach(job.number(), job.log_end(), sink);
 }
 
@@ -226,6 +226,7 @@ pub(super) fn feed(machine: &Arc<Machine>, link: &Arc<Link>, job: &Arc<Job>) {
 /// Takes a job's output from the agent's stream.
 struct Output {
     machine: Weak<Machine>,
+    link: Weak<Link>,
     job: Arc<Job>,
 }
 
@@ -244,6 +245,19 @@ impl StreamSink for Output {
         Ok(())
     }
 
-    // The machine hears of a lost stream as a whole, and attaches anew.
-    fn lost(&self) {}
+    // With a lost link, the machine attaches anew when it has another. An agent may also refuse one stream (it has no
+    // process or memory left, in a fork bomb): then it is asked again.
+    fn lost(&self) {
+        let (Some(machine), there, job) = (self.machine.upgrade(), self.link.clone(), self.job.clone()) else { return };
+        machine.shared.runtime.clone().spawn(async move {
+            tokio::time::sleep(RETRY).await;
+            let current = machine.jobs.table.lock().link.clone();
+            if let Some(link) =
+                there.upgrade().filter(|link| current.is_some_and(|current| Arc::ptr_eq(&current, link)))
+                && !job.is_done()
+            {
+                attach(&machine, &link, &job);
+            }
+        });
+    }
 }
