@@ -184,6 +184,22 @@ fn ns(pid: u32) -> Option<std::path::PathBuf> {
 }
 
 each_user! {
+    /// A kill that comes while the start is still on its way is not lost.
+    fn killed_at_once(d) {
+        let m = d.running("atonce");
+        m.python(r#"
+for i in range(60):
+    job = f'{D}/jobs/k{i}'
+    os.mkdir(job)
+    with open(job + '/cmd', 'w') as f: f.write('sleep 1000')
+    with open(job + '/ctl', 'w') as f: f.write('kill\n')
+    assert open(job + '/exit').read() == '137\n'
+    os.rmdir(job)
+"#).ok();
+    }
+}
+
+each_user! {
     /// A job that leaves a daemon behind ends when its own process does, and what the daemon prints later is not lost
     /// on it.
     fn a_daemonising_job(d) {

@@ -10,6 +10,7 @@ use crate::link::{Link, LinkError, RequestOptions};
 use machinefs_protocol::job::ExitReason;
 use machinefs_protocol::message::Request;
 use std::sync::Arc;
+use std::time::Duration;
 
 /// The verbs of a job's `ctl`.
 pub const JOB_VERBS: &[Verb] = &[
@@ -23,6 +24,9 @@ pub const JOB_VERBS: &[Verb] = &[
     Verb { name: "eof", usage: "eof", doc: "end its input" },
     Verb { name: "keep-stdin", usage: "keep-stdin", doc: "its input does not end when the last writer closes it" },
 ];
+
+/// After this, a job that was just given to the agent is looked for again.
+const STARTING: Duration = Duration::from_millis(20);
 
 /// Called with what became of a command.
 type Done = Box<dyn FnOnce(Result<(), MachineError>) + Send>;
@@ -71,19 +75,31 @@ impl Jobs {
     }
 
     /// Asks the agent. `ends`: that it has ended is what is wanted.
-    fn ask(&self, job: &Arc<Job>, ends: bool, request: &Request<'_>, done: Done) {
+    fn ask(&self, job: &Arc<Job>, ends: bool, request: &Request<'static>, done: Done) {
+        let machine = match self.machine() {
+            Ok(machine) => machine,
+            Err(error) => return done(Err(error)),
+        };
         let link = match self.link_for(job, ends) {
             Ok(Some(link)) => link,
             Ok(None) => return done(Ok(())),
             Err(error) => return done(Err(error)),
         };
+        let (asked, again) = (job.clone(), request.clone());
         let answered = Box::new(move |answer: Result<crate::link::Response, LinkError>| {
+            let unknown = matches!(answer, Err(LinkError::Remote { errno: Errno::ESRCH | Errno::ENOENT, .. }));
+            // Its start is still on the way: it would run on behind this.
+            if unknown && asked.phase() == Phase::Starting {
+                machine.shared.runtime.clone().spawn(async move {
+                    tokio::time::sleep(STARTING).await;
+                    machine.jobs.ask(&asked, ends, &again, done);
+                });
+                return;
+            }
             done(match answer {
                 Ok(_) => Ok(()),
-                Err(LinkError::Remote { errno: Errno::ESRCH | Errno::ENOENT, .. }) if ends => Ok(()),
-                Err(LinkError::Remote { errno: Errno::ESRCH | Errno::ENOENT, .. }) => {
-                    Err(MachineError::busy("the job has ended"))
-                }
+                Err(_) if unknown && ends => Ok(()),
+                Err(_) if unknown => Err(MachineError::busy("the job has ended")),
                 Err(LinkError::Remote { errno: Errno::ENOTTY, .. }) => Err(MachineError::busy("it has no terminal")),
                 Err(error) => Err(MachineError::unreachable(format!("the agent: {error}"))),
             });
