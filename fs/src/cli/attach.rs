@@ -4,7 +4,8 @@ use super::exec::{SetupArgs, argv};
 use super::job::{Job, machine_dir};
 use clap::Args;
 use rustix::termios::{self, OptionalActions, Termios, Winsize};
-use std::io::{self, IsTerminal, Read};
+use std::borrow::Cow;
+use std::io::{self, IsTerminal};
 use std::process::ExitCode;
 use std::sync::Arc;
 use tokio::signal::unix::{SignalKind, signal};
@@ -136,11 +137,8 @@ fn serve(job: &Arc<Job>) -> Result<End, String> {
     let end = runtime.block_on(async {
         let failed = |error: io::Error| format!("cannot wait for signals: {error}");
         let mut resized = signal(SignalKind::window_change()).map_err(failed)?;
-        let mut ends = [SignalKind::terminate(), SignalKind::hangup()].map(signal).into_iter();
-        let (mut terminate, mut hangup) = match (ends.next(), ends.next()) {
-            (Some(terminate), Some(hangup)) => (terminate.map_err(failed)?, hangup.map_err(failed)?),
-            _ => return Err("cannot wait for signals".to_string()),
-        };
+        let mut terminate = signal(SignalKind::terminate()).map_err(failed)?;
+        let mut hangup = signal(SignalKind::hangup()).map_err(failed)?;
         let raw = Raw::enter();
         // Its size may have changed since the start, or since somebody else was here.
         resize(job);
@@ -148,11 +146,11 @@ fn serve(job: &Arc<Job>) -> Result<End, String> {
         let typed = job.clone();
         // Ends with the process: a read of the terminal cannot be called off.
         std::thread::spawn(move || {
-            if pass_input(&typed) {
+            let Ok(input) = typed.input() else { return };
+            let mut keys = Keys::default();
+            if typed.pass_stdin(input, |bytes| keys.pass(bytes)) == Ok(true) {
+                // Whoever waits for it may have gone.
                 let _ = leave.send(());
-            } else {
-                // The channel stays open: nobody left.
-                std::mem::forget(leave);
             }
         });
         let printing = job.clone();
@@ -166,7 +164,8 @@ fn serve(job: &Arc<Job>) -> Result<End, String> {
                         Err(error) => Err(error.to_string()),
                     };
                 }
-                _ = left.recv() => break Ok(Some(End::Detached)),
+                // Without anybody who could leave, this is out.
+                Some(()) = left.recv() => break Ok(Some(End::Detached)),
                 _ = resized.recv() => resize(job),
                 _ = terminate.recv() => break Ok(Some(End::Detached)),
                 _ = hangup.recv() => break Ok(Some(End::Detached)),
@@ -189,31 +188,6 @@ fn resize(job: &Job) {
     let _ = job.ctl(&format!("winsize {} {}", size.ws_row, size.ws_col));
 }
 
-/// Passes on what is typed, until the user leaves (then `true`) or there is no more.
-fn pass_input(job: &Job) -> bool {
-    let Ok(mut input) = job.input() else { return false };
-    let mut keys = Keys::default();
-    let mut buffer = [0; 4096];
-    loop {
-        let count = match io::stdin().lock().read(&mut buffer) {
-            Ok(0) => {
-                let _ = job.ctl("eof");
-                return false;
-            }
-            Ok(count) => count,
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-            Err(_) => return false,
-        };
-        let (typed, leaves) = keys.pass(buffer.get(..count).unwrap_or_default());
-        if job.pass(&mut input, &typed).is_err() {
-            return false;
-        }
-        if leaves {
-            return true;
-        }
-    }
-}
-
 /// Looks for the keys that leave.
 #[derive(Default)]
 struct Keys {
@@ -223,12 +197,12 @@ struct Keys {
 
 impl Keys {
     /// What is to be passed on, and whether the user leaves.
-    fn pass(&mut self, typed: &[u8]) -> (Vec<u8>, bool) {
+    fn pass(&mut self, typed: &[u8]) -> (Cow<'static, [u8]>, bool) {
         let mut passed = Vec::with_capacity(typed.len() + 1);
         for &key in typed {
             if std::mem::take(&mut self.held) {
                 if key == DETACH[1] {
-                    return (passed, true);
+                    return (passed.into(), true);
                 }
                 passed.push(DETACH[0]);
             }
@@ -238,7 +212,7 @@ impl Keys {
                 passed.push(key);
             }
         }
-        (passed, false)
+        (passed.into(), false)
     }
 }
 
@@ -249,9 +223,9 @@ mod tests {
     #[test]
     fn two_keys_leave_and_nothing_else_is_lost() {
         let mut keys = Keys::default();
-        assert_eq!(keys.pass(b"a\x10"), (b"a".to_vec(), false));
-        assert_eq!(keys.pass(b"b"), (b"\x10b".to_vec(), false));
-        assert_eq!(keys.pass(b"\x10\x10"), (b"\x10".to_vec(), false));
-        assert_eq!(keys.pass(b"\x11c"), (Vec::new(), true));
+        assert_eq!(keys.pass(b"a\x10"), (b"a".into(), false));
+        assert_eq!(keys.pass(b"b"), (b"\x10b".into(), false));
+        assert_eq!(keys.pass(b"\x10\x10"), (b"\x10".into(), false));
+        assert_eq!(keys.pass(b"\x11c"), (Cow::default(), true));
     }
 }

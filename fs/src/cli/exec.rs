@@ -2,7 +2,7 @@
 
 use super::job::{Job, machine_dir};
 use clap::Args;
-use std::io::{self, Read};
+use std::io;
 use std::process::ExitCode;
 use tokio::signal::unix::{SignalKind, signal};
 
@@ -99,24 +99,10 @@ fn start(args: &ExecArgs, job: &std::sync::Arc<Job>) -> Result<(), String> {
         // Ends with the process at the latest: a read of the terminal cannot be called off.
         std::thread::spawn(move || {
             // A job that does not read all of it is not at fault.
-            let _ = pass_input(&job, input);
+            let _ = job.pass_stdin(input, |bytes| (bytes.into(), false));
         });
     }
     Ok(())
-}
-
-fn pass_input(job: &Job, mut input: std::fs::File) -> Result<(), String> {
-    let mut buffer = vec![0; 64 * 1024];
-    loop {
-        match io::stdin().lock().read(&mut buffer) {
-            Ok(0) => break,
-            Ok(count) => job.pass(&mut input, buffer.get(..count).unwrap_or_default())?,
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            Err(error) => return Err(error.to_string()),
-        }
-    }
-    // Closing it is not enough where the daemon that it was opened with has gone.
-    job.end_input()
 }
 
 /// Copies what it prints until it ends.

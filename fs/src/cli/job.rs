@@ -1,5 +1,6 @@
 //! A job, driven by the files of a mounted tree and nothing else, so that it works over whatever mounts one.
 
+use std::borrow::Cow;
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
@@ -84,7 +85,7 @@ impl Job {
     }
 
     /// Writes to its input, which is opened anew when the daemon has been away meanwhile.
-    pub fn pass(&self, input: &mut File, mut bytes: &[u8]) -> Result<(), String> {
+    fn pass(&self, input: &mut File, mut bytes: &[u8]) -> Result<(), String> {
         let mut lost_at: Option<Instant> = None;
         while !bytes.is_empty() {
             match input.write(bytes) {
@@ -104,8 +105,32 @@ impl Job {
         Ok(())
     }
 
+    /// Passes on what is read here, until there is no more (then the input ends) or `look` says to leave. `look` gets each
+    /// piece, and gives what is to be passed on. Gives whether it left.
+    pub fn pass_stdin(
+        &self,
+        mut input: File,
+        mut look: impl FnMut(&[u8]) -> (Cow<'_, [u8]>, bool),
+    ) -> Result<bool, String> {
+        let mut buffer = vec![0; PIECE];
+        loop {
+            let count = match io::stdin().lock().read(&mut buffer) {
+                // Closing it is not enough where the daemon that it was opened with has gone.
+                Ok(0) => return self.end_input().map(|()| false),
+                Ok(count) => count,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                Err(error) => return Err(error.to_string()),
+            };
+            let (bytes, leaves) = look(buffer.get(..count).unwrap_or_default());
+            self.pass(&mut input, &bytes)?;
+            if leaves {
+                return Ok(true);
+            }
+        }
+    }
+
     /// Ends its input.
-    pub fn end_input(&self) -> Result<(), String> {
+    fn end_input(&self) -> Result<(), String> {
         let begun = Instant::now();
         loop {
             match self.ctl("eof") {

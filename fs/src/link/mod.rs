@@ -210,6 +210,10 @@ impl Link {
         if let Request::JobForget { job } = request {
             self.shared.streams.lock().forget_job(*job);
         }
+        if matches!(request, Request::JobStart { .. }) {
+            // A job may need the space of files that were deleted before it.
+            self.shared.flush_forgets();
+        }
         self.shared.request(tag, request, body, options, done);
     }
 

@@ -333,7 +333,7 @@ impl Shared {
     }
 
     /// Sends what was collected, as long as the socket takes it. Gives when to try again.
-    fn flush_forgets(&self) -> Micros {
+    pub fn flush_forgets(&self) -> Micros {
         loop {
             let batch: Vec<(u64, u64)> = {
                 let mut forgets = self.forgets.lock();

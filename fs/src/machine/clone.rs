@@ -95,6 +95,12 @@ impl Machine {
 
     /// Its end, with the exit code if it has one.
     pub(super) fn clone_ended(self: &Arc<Self>, job: &Arc<Job>, code: Option<u8>) {
+        // Told on the link's reader thread; this goes to the disk.
+        let (machine, job) = (self.clone(), job.clone());
+        self.shared.runtime.spawn_blocking(move || machine.note_clone(&job, code));
+    }
+
+    fn note_clone(self: &Arc<Self>, job: &Arc<Job>, code: Option<u8>) {
         if code == Some(0) {
             // Where it cannot be written down, the next boot finds the repository there, and fetches.
             let _ = std::fs::write(self.clone_marker(), "");

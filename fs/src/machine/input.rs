@@ -204,8 +204,8 @@ impl State {
         while self.sent < end.min(self.allowed) {
             let from = (self.sent - self.base) as usize;
             let len = PIECE.min((end.min(self.allowed) - self.sent) as usize);
-            let piece: Vec<u8> = self.kept.range(from..from + len).copied().collect();
-            if link.send_data(tag, &piece).is_err() {
+            let piece = self.kept.make_contiguous().get(from..from + len).unwrap_or_default();
+            if link.send_data(tag, piece).is_err() {
                 // It is still here: it is sent over the next stream.
                 self.stream = None;
                 link.give_up(tag);

@@ -372,12 +372,8 @@ impl Machine {
         self.follow_ports();
     }
 
-    /// Tells of a change that was made to it.
-    pub fn tell(&self, verb: &str, details: &[(&str, &str)]) {
-        self.say(verb, details);
-    }
-
-    fn say(&self, verb: &str, details: &[(&str, &str)]) {
+    /// Adds a line to the machine's `events`: a verb and what it is about.
+    pub fn say(&self, verb: &str, details: &[(&str, &str)]) {
         self.shared.events.say(self.slot, &self.name(), Some(&self.events), verb, details);
     }
 

@@ -311,7 +311,7 @@ impl Machine {
             }
         }
         self.put_mount_record(id, &Record { unsure: false, ..record })?;
-        self.tell("mount", &[("set", &name)]);
+        self.say("mount", &[("set", &name)]);
         Ok(())
     }
 
@@ -375,7 +375,7 @@ impl Machine {
             }
         }
         self.vars.remove(VarKind::Mount, id);
-        self.tell("mount", &[("removed", &name)]);
+        self.say("mount", &[("removed", &name)]);
         self.shared.store.flush().await
     }
 

@@ -220,7 +220,7 @@ impl Machine {
             open.insert(id, listening);
         }
         drop(open);
-        self.tell("port", &[("open", &name), ("host", &host.to_string())]);
+        self.say("port", &[("open", &name), ("host", &host.to_string())]);
         Ok(())
     }
 
@@ -238,7 +238,7 @@ impl Machine {
         drop(open);
         drop(closed);
         if let Some(name) = name.filter(|_| was_there) {
-            self.tell("port", &[("closed", &name)]);
+            self.say("port", &[("closed", &name)]);
         }
     }
 
@@ -288,7 +288,7 @@ impl Machine {
         let host = listener.local_addr().map_err(|error| refused(address, last, &error))?.port();
         if host != record.host {
             self.put_port(id, Record { host, ..record })?;
-            self.tell("port", &[("open", &guest.to_string()), ("host", &host.to_string())]);
+            self.say("port", &[("open", &guest.to_string()), ("host", &host.to_string())]);
         }
         self.serve_port(listener, guest).map_err(|error| refused(address, last, &error))
     }

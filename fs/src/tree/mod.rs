@@ -4,6 +4,7 @@
 //! directory; `place` finds nodes; `change` makes, moves and removes; `open` and what it names reads and writes;
 //! `guests` hands over to `guest` what is below `files`.
 
+mod asked;
 pub mod cache;
 mod change;
 mod changes;

@@ -36,7 +36,7 @@ const FOREVER: Duration = Duration::from_secs(3600);
 /// never another's: neither a rename nor a destruction makes it wrong.
 const FIXED: Duration = Duration::from_secs(1);
 
-/// Size of a machine's health text before it was ever asked for: `ok 0.21ms`.
+/// Size of a machine's health text before it was ever asked for: `ok 00000.21ms`.
 const HEALTH_SIZE: u64 = 14;
 
 /// What a control node stands for.

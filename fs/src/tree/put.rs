@@ -2,7 +2,8 @@
 //! the write, since shells drop the errors of close. A text without a newline at its end may go on in another write: it
 //! is looked at when it is written, and in force when its writer closes.
 
-use super::ops::{Answer, Caller, Cancel, Responder};
+use super::asked::Asked;
+use super::ops::{Answer, Caller, Responder};
 use super::text::{Owner, Reason, Text, is_full_buffer, slice};
 use crate::errno::Errno;
 use crate::machine::Machine;
@@ -43,38 +44,6 @@ pub struct PutFile {
     reason: Reason,
 }
 
-/// What an operation is answered by: by its result, or by an interrupt before that.
-struct Waiting(Mutex<Option<Responder>>);
-
-impl Waiting {
-    fn begin(mut responder: Responder) -> Option<Arc<Waiting>> {
-        let waiting = Arc::new(Waiting(Mutex::new(None)));
-        // Held until the responder is in it: an interrupt that comes in between waits for a moment.
-        let mut inside = waiting.0.lock();
-        if !responder.set_cancel(waiting.clone()) {
-            drop(inside);
-            responder.respond(Err(Errno::EINTR));
-            return None;
-        }
-        *inside = Some(responder);
-        drop(inside);
-        Some(waiting)
-    }
-
-    fn answer(&self, result: Result<Answer, Errno>) {
-        let responder = self.0.lock().take();
-        if let Some(responder) = responder {
-            responder.respond(result);
-        }
-    }
-}
-
-impl Cancel for Waiting {
-    fn cancel(&self) {
-        self.answer(Err(Errno::EINTR));
-    }
-}
-
 impl PutFile {
     /// Opens the file.
     pub fn new(machine: Arc<Machine>, what: What, id: u32, snapshot: Vec<u8>, text: Text) -> Arc<PutFile> {
@@ -89,10 +58,10 @@ impl PutFile {
             Err(errno) => responder.respond(Err(errno)),
             Ok(None) => responder.respond(Ok(Answer::Count(count))),
             Ok(Some(bytes)) => {
-                let Some(waiting) = Waiting::begin(responder) else { return };
+                let Some(waiting) = Asked::begin(responder, ()) else { return };
                 let (file, in_force) = (self.clone(), bytes.ends_with(b"\n"));
                 self.put(caller, bytes.clone(), in_force, move |result| {
-                    waiting.answer(match result {
+                    let answer = match result {
                         Ok(()) => {
                             file.reason.clear();
                             if in_force {
@@ -106,7 +75,8 @@ impl PutFile {
                             text.refuse(owner, error.errno());
                             Err(error.errno())
                         }
-                    });
+                    };
+                    waiting.answer(|()| answer);
                 });
             }
         }
@@ -173,14 +143,14 @@ impl PutFile {
             }
             return;
         };
-        let waiting = match responder.map(Waiting::begin) {
+        let waiting = match responder.map(|responder| Asked::begin(responder, ())) {
             Some(None) => return,
             Some(Some(waiting)) => Some(waiting),
             None => None,
         };
-        let answer = |waiting: Option<Arc<Waiting>>, result: Result<(), Errno>| {
+        let answer = |waiting: Option<Arc<Asked<()>>>, result: Result<(), Errno>| {
             if let Some(waiting) = waiting {
-                waiting.answer(result.map(|()| Answer::Ok));
+                waiting.answer(|()| result.map(|()| Answer::Ok));
             }
         };
         let settle = move |machine: &Arc<Machine>, waiting| {

@@ -80,10 +80,10 @@ impl Holder {
         self.vars().set(kind, id, value)?;
         if let (Holder::Machine(machine), Some(name)) = (self, self.vars().name(kind, id)) {
             match kind {
-                VarKind::Env => machine.tell("env", &[("set", &name)]),
-                VarKind::Secret => machine.tell("secret", &[("set", &name)]),
+                VarKind::Env => machine.say("env", &[("set", &name)]),
+                VarKind::Secret => machine.say("secret", &[("set", &name)]),
                 // Not its value: the log of all machines is open to everybody.
-                VarKind::Tag => machine.tell("tag", &[("set", &name)]),
+                VarKind::Tag => machine.say("tag", &[("set", &name)]),
                 // They tell it themselves.
                 VarKind::Port | VarKind::Mount | VarKind::Volume => {}
             }
@@ -122,7 +122,7 @@ impl Holder {
                 VarKind::Tag => "tag",
                 VarKind::Port | VarKind::Mount | VarKind::Volume => return Ok(()),
             };
-            machine.tell(verb, &[("removed", &name)]);
+            machine.say(verb, &[("removed", &name)]);
         }
         Ok(())
     }

@@ -80,6 +80,8 @@ impl Jobs {
             Ok(machine) => machine,
             Err(error) => return done(Err(error)),
         };
+        // Looked at before the request: the answer to its start may overtake the answer to this.
+        let was_starting = job.phase() == Phase::Starting;
         let link = match self.link_for(job, ends) {
             Ok(Some(link)) => link,
             Ok(None) => return done(Ok(())),
@@ -88,8 +90,8 @@ impl Jobs {
         let (asked, again) = (job.clone(), request.clone());
         let answered = Box::new(move |answer: Result<crate::link::Response, LinkError>| {
             let unknown = matches!(answer, Err(LinkError::Remote { errno: Errno::ESRCH | Errno::ENOENT, .. }));
-            // Its start is still on the way: it would run on behind this.
-            if unknown && asked.phase() == Phase::Starting {
+            // Its start was still on the way: it would run on behind this.
+            if unknown && (asked.phase() == Phase::Starting || (was_starting && asked.phase() == Phase::Running)) {
                 machine.shared.runtime.clone().spawn(async move {
                     tokio::time::sleep(STARTING).await;
                     machine.jobs.ask(&asked, ends, &again, done);
