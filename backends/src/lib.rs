@@ -45,7 +45,75 @@ pub struct MachineSpec {
     /// What is mounted in it at every start.
     #[serde(default)]
     pub mounts: Vec<MountSpec>,
+    /// The snapshot that its disk begins as, in place of the image's content.
+    #[serde(default)]
+    pub from: Option<SnapshotSpec>,
+    /// The next start goes on from the memory in `from`, where that has one, in place of a boot.
+    #[serde(default)]
+    pub resume: bool,
+    /// A virtual machine's kernel on the host. `None`: the backend's.
+    #[serde(default)]
+    pub kernel: Option<PathBuf>,
+    /// Added to a virtual machine's kernel command line.
+    #[serde(default)]
+    pub kernel_args: Option<String>,
 }
+
+/// A snapshot of a machine. It outlives the machine, and stays as long as a machine is made from it: the caller sees to
+/// that, and removes none that a [`MachineSpec::from`] names.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SnapshotSpec {
+    /// The backend's name of it: `s` and a number that is never used again.
+    pub id: String,
+    /// A directory that is the snapshot's alone (exists, 0700, on the file system of the machines' directories).
+    pub dir: PathBuf,
+    /// The image of the machine that it was made of.
+    pub image: String,
+    /// The snapshot that this machine had begun as: it holds what this one does not.
+    pub from: Option<Box<SnapshotSpec>>,
+    /// The machine's range of user numbers, in which the files are owned.
+    pub uid_slot: u32,
+}
+
+/// What [`Backend::snapshot`] has made.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct SnapshotMade {
+    /// Its memory and processes are in it; otherwise only its disk is.
+    pub memory: bool,
+    /// Bytes that it takes on the host.
+    pub bytes: u64,
+}
+
+/// What an image says of the machines made from it (the OCI image configuration, "config"); empty where it says nothing.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ImageConfig {
+    /// What identifies the image's content: `sha256:` and so on; empty for a directory, which has none.
+    pub digest: String,
+    /// Entrypoint.
+    pub entrypoint: Vec<String>,
+    /// Cmd.
+    pub cmd: Vec<String>,
+    /// Env: names and values.
+    pub env: Vec<(String, String)>,
+    /// User: `NAME`, `UID`, `UID:GID` …
+    pub user: Option<String>,
+    /// WorkingDir.
+    pub workdir: Option<String>,
+}
+
+/// How far an image is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Progress {
+    /// What is being done: `pull`, `unpack`, `build`.
+    pub step: &'static str,
+    /// Bytes done.
+    pub done: u64,
+    /// Bytes in all, if it is known.
+    pub total: Option<u64>,
+}
+
+/// Is told of progress; quick.
+pub type OnProgress = std::sync::Arc<dyn Fn(Progress) + Send + Sync>;
 
 /// What of the network a machine reaches.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -118,6 +186,10 @@ pub struct Capabilities {
     pub outgoing: bool,
     /// [`MachineSpec::disk`] is kept to.
     pub disk_limit: bool,
+    /// [`Backend::snapshot`] and what goes with it.
+    pub snapshot: bool,
+    /// Snapshots of a machine that runs have its memory.
+    pub memory_snapshot: bool,
 }
 
 /// One difference between a machine's disk and its image.
@@ -169,6 +241,8 @@ pub struct Running {
     pub warnings: Vec<Warning>,
     /// Facts for `info`: key and value, no newlines (isolation, image digest, limits that hold …).
     pub facts: Vec<(String, String)>,
+    /// It went on from a snapshot's memory: its processes are there, and its clock and names are of that time.
+    pub resumed: bool,
 }
 
 /// What [`Backend::adopt`] found.
@@ -249,6 +323,22 @@ pub enum BackendError {
         /// What it said.
         message: String,
     },
+    /// Somebody far away (a registry, a provider) does not take our word for who we are.
+    #[error("{what}: {remedy}")]
+    Unauthorized {
+        /// Who, and what was wanted.
+        what: String,
+        /// What to do about it.
+        remedy: String,
+    },
+    /// Somebody far away does not answer, or cannot do it now.
+    #[error("{what}: {reason}")]
+    Unavailable {
+        /// Who, and what was wanted.
+        what: String,
+        /// What was answered instead.
+        reason: String,
+    },
     /// A resource of the host ran out (disk, processes, memory).
     #[error("{what}: out of {resource}")]
     Exhausted {
@@ -287,8 +377,12 @@ pub trait Backend: Send + Sync {
     /// What it needs of this host, and what of that is there.
     async fn check(&self) -> Vec<Finding>;
 
-    /// Makes the machine's disk from its image. Idempotent.
-    async fn create(&self, spec: &MachineSpec) -> Result<(), BackendError>;
+    /// Makes the machine's disk from its image (fetched and unpacked, if need be), or from the snapshot in
+    /// [`MachineSpec::from`]. Idempotent.
+    async fn create(&self, spec: &MachineSpec, progress: OnProgress) -> Result<(), BackendError>;
+
+    /// What the image of a machine that was created says. Quick.
+    async fn image_config(&self, spec: &MachineSpec) -> Result<ImageConfig, BackendError>;
 
     /// Boots it; returns when its agent can be connected to.
     async fn start(&self, spec: &MachineSpec) -> Result<Running, BackendError>;
@@ -344,6 +438,16 @@ pub trait Backend: Send + Sync {
         spec: &MachineSpec,
         sink: Box<dyn FnMut(Change) -> bool + Send>,
     ) -> Result<u64, BackendError>;
+
+    /// Makes a snapshot of the machine as it is: running (it stands still meanwhile, and goes on), paused, or down. One
+    /// that fails leaves nothing behind, and the machine as it was.
+    async fn snapshot(&self, spec: &MachineSpec, snapshot: &SnapshotSpec) -> Result<SnapshotMade, BackendError>;
+
+    /// Makes the disk of a machine that is down anew, as [`MachineSpec::from`] has it. Idempotent.
+    async fn restore(&self, spec: &MachineSpec) -> Result<(), BackendError>;
+
+    /// Removes what is in the snapshot's directory, also what a crash left half made.
+    async fn remove_snapshot(&self, snapshot: &SnapshotSpec) -> Result<(), BackendError>;
 
     /// How long [`Backend::start`] may take at most unless the user says otherwise.
     fn boot_timeout(&self) -> Duration;

@@ -248,7 +248,7 @@ async fn a_crash_at_any_step_leaves_nothing_after_destroy() {
     let rig = Rig::new();
     // Created only.
     let spec = rig.spec("host");
-    rig.backend.create(&spec).await.unwrap();
+    rig.backend.create(&spec, std::sync::Arc::new(|_| {})).await.unwrap();
     rig.reopened().destroy(&spec).await.unwrap();
     assert_eq!(leftovers(&spec), Vec::<String>::new());
     // Started, and the daemon died before it wrote that down, with and without the runtime's own files.
@@ -306,7 +306,7 @@ async fn failures_say_what_is_wrong() {
     let rig = Rig::new();
     for image in ["/nonexistent", "relative/path", "/", "/dev/null", "/etc/passwd"] {
         let spec = rig.spec(image);
-        let error = rig.backend.create(&spec).await.unwrap_err();
+        let error = rig.backend.create(&spec, std::sync::Arc::new(|_| {})).await.unwrap_err();
         assert!(matches!(error, BackendError::Image { .. }), "{image}: {error}");
         println!("{error}");
     }
@@ -314,7 +314,7 @@ async fn failures_say_what_is_wrong() {
     let options =
         machinefs_backends::container::ContainerOptions::new("/nonexistent/agent".into(), rig.dir.path().join("s2"));
     let backend = machinefs_backends::container::ContainerBackend::new(options).unwrap();
-    backend.create(&spec).await.unwrap();
+    backend.create(&spec, std::sync::Arc::new(|_| {})).await.unwrap();
     let error = backend.start(&spec).await.unwrap_err();
     println!("{error}");
     assert!(error.to_string().contains("/nonexistent/agent"), "{error}");
@@ -341,7 +341,7 @@ async fn how_long_a_start_takes() {
     for _ in 0..40 {
         let spec = rig.spec("host");
         let begin = std::time::Instant::now();
-        rig.backend.create(&spec).await.unwrap();
+        rig.backend.create(&spec, std::sync::Arc::new(|_| {})).await.unwrap();
         times[0].push(begin.elapsed());
         rig.backend.start(&spec).await.unwrap();
         drop(rig.backend.connect(&spec).await.unwrap());

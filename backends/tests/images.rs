@@ -298,7 +298,7 @@ async fn hostile_tars_stay_inside() {
         let path = rig.dir.path().join(name);
         fs::write(&path, bytes).unwrap();
         let spec = rig.spec(path.to_str().unwrap());
-        match rig.backend.create(&spec).await {
+        match rig.backend.create(&spec, std::sync::Arc::new(|_| {})).await {
             Ok(()) => println!("{name}: unpacked"),
             Err(BackendError::Image { reason, .. }) => {
                 println!("{name}: {reason}");

@@ -190,7 +190,7 @@ async fn how_long_a_network_takes() {
         let mut times = Vec::new();
         for _ in 0..15 {
             let spec = MachineSpec { network, ..rig.spec("host") };
-            rig.backend.create(&spec).await.unwrap();
+            rig.backend.create(&spec, std::sync::Arc::new(|_| {})).await.unwrap();
             let begin = std::time::Instant::now();
             rig.backend.start(&spec).await.unwrap();
             times.push(begin.elapsed());

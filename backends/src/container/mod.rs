@@ -35,8 +35,8 @@ mod userns;
 
 use crate::images::Store;
 use crate::{
-    Adopted, AgentStream, Backend, BackendError, Capabilities, Change, Finding, MachineSpec, MountSpec, Running, Usage,
-    Warning,
+    Adopted, AgentStream, Backend, BackendError, Capabilities, Change, Finding, ImageConfig, MachineSpec, MountSpec,
+    OnProgress, Running, SnapshotMade, SnapshotSpec, Usage, Warning,
 };
 use async_trait::async_trait;
 use run::{SOCKET, hold, io_error};
@@ -253,7 +253,7 @@ impl Backend for ContainerBackend {
         tokio::task::spawn_blocking(move || inner.findings()).await.unwrap_or_default()
     }
 
-    async fn create(&self, spec: &MachineSpec) -> Result<(), BackendError> {
+    async fn create(&self, spec: &MachineSpec, _progress: OnProgress) -> Result<(), BackendError> {
         self.hurry_groups();
         self.on_thread(spec, |inner, spec| {
             let _lock = held(spec)?;
@@ -300,6 +300,8 @@ impl Backend for ContainerBackend {
                 Some(_) => net::user::Program::find().is_some(),
             },
             disk_limit: inner.maps.is_none() && quota::missing().is_none(),
+            snapshot: false,
+            memory_snapshot: false,
         }
     }
 
@@ -386,6 +388,22 @@ impl Backend for ContainerBackend {
             inner.with_disk(spec, work).flatten().map_err(failed())
         })
         .await
+    }
+
+    async fn image_config(&self, _spec: &MachineSpec) -> Result<ImageConfig, BackendError> {
+        Ok(ImageConfig::default())
+    }
+
+    async fn snapshot(&self, _spec: &MachineSpec, _snapshot: &SnapshotSpec) -> Result<SnapshotMade, BackendError> {
+        Err(BackendError::Unsupported("a snapshot"))
+    }
+
+    async fn restore(&self, _spec: &MachineSpec) -> Result<(), BackendError> {
+        Err(BackendError::Unsupported("a snapshot"))
+    }
+
+    async fn remove_snapshot(&self, _snapshot: &SnapshotSpec) -> Result<(), BackendError> {
+        Err(BackendError::Unsupported("a snapshot"))
     }
 
     fn boot_timeout(&self) -> Duration {

@@ -108,7 +108,7 @@ impl Inner {
         let Some(record) = read_record(&spec.dir).map_err(failed())? else { return Ok(None) };
         let Some(pidfd) = record.init.open().map_err(failed())? else { return Ok(None) };
         let warnings = record.warnings.into_iter().map(Warning).collect();
-        Ok(Some(Running { pid: record.init.pid, pidfd, warnings, facts: record.facts }))
+        Ok(Some(Running { pid: record.init.pid, pidfd, warnings, facts: record.facts, resumed: false }))
     }
 
     /// Boots the machine, which the caller holds.
@@ -351,7 +351,7 @@ impl Inner {
                         from the host, and inode numbers may change";
             facts.push(("file_handles".to_owned(), text.to_owned()));
         }
-        Ok(Some((Running { pid, pidfd, warnings, facts }, init)))
+        Ok(Some((Running { pid, pidfd, warnings, facts, resumed: false }, init)))
     }
 
     /// Ends the run, if there is one, and removes what belonged to it. The caller holds the machine.

@@ -95,13 +95,17 @@ impl Rig {
             disk: None,
             owner: machinefs_backends::Owner::default(),
             mounts: Vec::new(),
+            from: None,
+            resume: false,
+            kernel: None,
+            kernel_args: None,
         };
         self.specs.lock().unwrap().push(spec.clone());
         spec
     }
 
     pub async fn boot(&self, spec: &MachineSpec) -> machinefs_backends::Running {
-        self.backend.create(spec).await.unwrap();
+        self.backend.create(spec, std::sync::Arc::new(|_| {})).await.unwrap();
         self.backend.start(spec).await.unwrap()
     }
 
@@ -228,7 +232,7 @@ pub async fn victim() {
     let spec: MachineSpec = serde_json::from_str(&spec).unwrap();
     let backend = Rig::open(dir, &dir.join("agent"));
     for round in 0.. {
-        backend.create(&spec).await.unwrap();
+        backend.create(&spec, std::sync::Arc::new(|_| {})).await.unwrap();
         backend.start(&spec).await.unwrap();
         if round % 2 == 0 {
             backend.kill(&spec).await.unwrap();

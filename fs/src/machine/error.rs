@@ -107,7 +107,8 @@ impl From<BackendError> for MachineError {
             BackendError::Unsupported(_) => Reason::Unsupported,
             BackendError::Image { .. } => Reason::Invalid,
             BackendError::Missing { .. } => Reason::Unsupported,
-            BackendError::Program { .. } => Reason::Unreachable,
+            BackendError::Program { .. } | BackendError::Unavailable { .. } => Reason::Unreachable,
+            BackendError::Unauthorized { .. } => Reason::Forbidden,
             BackendError::Exhausted { .. } => Reason::NoSpace,
             BackendError::Timeout(_) => Reason::TimedOut,
             BackendError::Io { ref source, .. } => match source.raw_os_error() {

@@ -135,7 +135,7 @@ async fn boot(machine: &Arc<Machine>) -> Result<(), MachineError> {
     if machine.state() == State::Creating {
         std::fs::create_dir_all(&spec.dir)
             .map_err(|error| MachineError::no_space(format!("cannot make {}: {error}", spec.dir.display())))?;
-        backend.create(&spec).await?;
+        backend.create(&spec, Arc::new(|_| {})).await?;
         if !config.flag("autostart") {
             let _ = machine.fire(Event::PreparedOnly);
             return Ok(());

@@ -7,6 +7,7 @@ use super::error::MachineError;
 use super::limits::Share;
 use machinefs_backends::{MachineSpec, Network, Owner};
 use machinefs_protocol::job::JobSpec;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::SystemTime;
 
@@ -130,6 +131,10 @@ impl Machine {
             disk: config.size("disk"),
             owner: self.owner_in(&config),
             mounts: self.mount_specs(),
+            from: None,
+            resume: false,
+            kernel: config.given("kernel").map(PathBuf::from),
+            kernel_args: config.given("kernel_args").map(str::to_string),
         };
         let network = match config.get("network") {
             Some("outgoing") => Network::Outgoing,
