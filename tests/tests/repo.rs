@@ -1,6 +1,7 @@
 //! `repo`: a repository that is there when the first command runs.
 
-use machinefs_tests::{each_user, eventually};
+use machinefs_tests::shell::have;
+use machinefs_tests::{each_user, eventually, skip_part};
 
 each_user! {
     /// It is cloned at the first boot and only then, into an empty working directory and into a home that has files; the
@@ -40,5 +41,55 @@ each_user! {
             d.bash(&format!("echo 'create bad repo={repo}' > ctl")).fails_with("Invalid argument");
         }
         assert!(!d.bash("cat .sys/events").ok().text().contains("token@"));
+    }
+}
+
+/// A token that is in no other test.
+const TOKEN: &str = "ghp_firstboot0123456789";
+
+each_user! {
+    /// A private repository of github.com is cloned at the first boot with the token in `secrets/GITHUB_TOKEN`, from a
+    /// real git-http-backend(1), and can be pushed to; the token is in no log, no file, and not sent before it is asked for.
+    fn private_at_the_first_boot(d) {
+        if !have("openssl") {
+            skip_part!("openssl is not installed");
+            return;
+        }
+        let dir = d.tmp().join(d.name("github"));
+        let at = dir.display().to_string();
+        // What the machine sees is `shown` alone.
+        d.bash(&format!(
+            "mkdir -p {at}/shown {at}/srv/me; cd {at}
+             openssl req -x509 -newkey rsa:2048 -nodes -keyout key.pem -out shown/ca.pem -days 2 -subj /CN=github.com -addext subjectAltName=DNS:github.com 2> openssl.log
+             git init -q --bare -b main srv/me/private.git; git -C srv/me/private.git config http.receivepack true
+             git init -q -b main work; cd work; echo hello > README; git add .
+             git -c user.name=a -c user.email=a@b commit -qm one; git push -q ../srv/me/private.git main"
+        )).ok();
+        let script = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/data/git_server.py");
+        let text = std::fs::read_to_string(script).expect("the server's text");
+        let server = d.spawn(&[
+            "python3", "-c", &text, &format!("{at}/shown/proxy"), &format!("{at}/shown/ca.pem"), &format!("{at}/key.pem"),
+            &format!("{at}/srv"), TOKEN, &format!("{at}/refused"),
+        ]);
+        assert!(eventually(40, || dir.join("shown/proxy").exists()), "the server does not start");
+        let m = d.create("private", "autostart=no repo=https://github.com/me/private.git workdir=/srv/work network=none");
+        m.until_status("stopped");
+        m.bash(&format!(
+            "echo '{at}/shown rw' > $D/mounts/mnt%2Fgithub
+             echo /mnt/github/ca.pem > $D/env/GIT_SSL_CAINFO; echo socks5h://localhost/mnt/github/proxy > $D/env/ALL_PROXY
+             echo {TOKEN} > $D/secrets/GITHUB_TOKEN; echo start > $D/ctl; cat $D/wait/running"
+        )).ok();
+        let (seen, _) = m.run("pwd; cat README");
+        assert_eq!(seen.trim_end(), "/srv/work\nhello", "{}\n{}", m.read("errors"), m.read("jobs/clone/out"));
+        m.guest("echo more > more; git add more; git -c user.name=a -c user.email=a@b commit -qm two; git push -q origin HEAD:main");
+        d.bash(&format!("git -C {at}/srv/me/private.git show main:more | grep -x more")).ok();
+        for file in ["events", "errors", "history", "info", "jobs/clone/out"] {
+            assert!(!m.read(file).contains(TOKEN), "the token is in {file}");
+        }
+        assert_eq!(m.run(&format!("grep -r {TOKEN} /srv/work /root /etc /tmp")).1, 1, "it is on the machine's disk");
+        // git asks without it first; it was in nothing that it sent then.
+        let refused = std::fs::read_to_string(dir.join("refused")).expect("what was refused");
+        assert!(refused.contains("/me/private.git/info/refs") && !refused.contains(TOKEN), "{refused}");
+        drop(server);
     }
 }
